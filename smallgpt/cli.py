@@ -1,0 +1,57 @@
+"""What every command line shares: one line for an error, and the exit codes.
+
+0 done, 1 a failure that is not the caller's, 2 wrong usage, parameters or input, 3 a bundle, tokenizer or hash that
+does not fit, 4 a device that is not there, 130 and 143 stopped by SIGINT or SIGTERM.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class MismatchError(ValueError):
+    """Files that do not belong together or were changed: exit code 3."""
+
+
+class DeviceError(RuntimeError):
+    """The device that was asked for cannot be used: exit code 4."""
+
+
+class StoppedError(RuntimeError):
+    """A signal stopped the work after its state was saved: exit code 128 + signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command line's `main` and leave with its exit code; expected errors become one line on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except MismatchError as error:
+        code = _report(error, 3)
+    except DeviceError as error:
+        code = _report(error, 4)
+    except StoppedError as error:
+        code = _report(error, 128 + error.signum)
+    except FloatingPointError as error:
+        code = _report(error, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except (ValueError, OSError) as error:
+        code = _report(error, 2)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def _report(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
