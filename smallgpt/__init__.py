@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "SmallGPT": "smallgpt.model",
-    "generate_text": "smallgpt.generate",
+    "generate_text": "smallgpt.decode",
     "GPTTrainer": "smallgpt.train",
     "load_config": "smallgpt.config",
 }
