@@ -2,12 +2,14 @@
 
 import difflib
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from smallgpt.cli import run
 from smallgpt.sampling import GenerationConfig
 
 
@@ -243,3 +245,13 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key} is {fault['input']!r}; it {message}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m smallgpt.config [FILE]`: check a parameter file and say nothing when it is right."""
+    load_config(*(sys.argv[1:2] if arguments is None else arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

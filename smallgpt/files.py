@@ -1,6 +1,8 @@
 """Files that are either whole or absent, and their hashes."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -35,6 +37,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON with a final newline; NaN and infinity raise ValueError."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows with the keys of the first one as a header; floats keep their shortest exact form."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
 
 
 @contextmanager

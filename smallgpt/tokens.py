@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from smallgpt.cli import MismatchError
-from smallgpt.files import sha256_bytes, write_atomic, write_json
-from smallgpt.tokenizer import Tokenizer
+from smallgpt.config import TokenizerConfig
+from smallgpt.files import replace_folder, sha256_bytes, write_atomic, write_json
+from smallgpt.tokenizer import Tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,22 @@ def write_tokens(folder: Path, split: str, documents: Sequence[str], tokenizer: 
     write_atomic(folder / f"{split}.bin", stream.tobytes())
     write_json(folder / f"{split}.json", header)
     return header
+
+
+def tokenize(
+    documents: dict[str, list[str]], *, vocab_size: int, options: TokenizerConfig, tokenizer: Path, tokens: Path
+) -> tuple[Tokenizer, dict[str, dict[str, int | str]]]:
+    """Train the tokenizer on the documents of `train` alone and encode every split.
+
+    Writes `tokenizer/tokenizer.model` and the token files in `tokens`, each folder all or nothing; returns the
+    tokenizer and the headers of the token files. Raises ValueError when the vocabulary does not fit the text.
+    """
+    trained = Tokenizer(train_tokenizer(documents["train"], vocab_size=vocab_size, **options.model_dump()))
+    with replace_folder(tokens) as temporary:
+        headers = {split: write_tokens(temporary, split, texts, trained) for split, texts in documents.items()}
+    with replace_folder(tokenizer) as temporary:
+        write_atomic(temporary / "tokenizer.model", trained.model)
+    return trained, headers
 
 
 def count_words(text: str) -> int:

@@ -1,0 +1,51 @@
+# `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+SOURCE ?= shakespeare
+# DVC starts the stages with the `python` that is first on PATH.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DVC_NO_ANALYTICS := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: help repro test test-fast lint format ui export data bench clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smallgpt needs Python 3.11 or newer")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+repro: .venv/.installed  ## Run the pipeline: corpus, tokenizer, training, evaluation, export
+	@python -m smallgpt.config params.yaml
+	@dvc repro || { code=$$?; dvc checkout --quiet --force || true; exit $$code; }
+	@printf '\ncorpus     data/prepared\ntokenizer  models/tokenizer\nmodel      models/gpt\nbundles    exports (no PyTorch needed)\nreports    reports, and make ui\n\n'
+	@cat reports/evaluate/perplexity.md
+	@echo && python -m smallgpt.ort_generate exports/fp32 --echo --quiet --seed 1 -p 'Once upon a time'
+
+export: .venv/.installed  ## Run what the ONNX bundles need
+	@dvc repro export || { code=$$?; dvc checkout --quiet --force || true; exit $$code; }
+
+data: .venv/.installed  ## Write a corpus as text: make data SOURCE=shakespeare
+	@python -m smallgpt.corpus $(SOURCE)
+
+ui: .venv/.installed  ## Show the runs on http://127.0.0.1:5000
+	@mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+test: .venv/.installed  ## All tests
+	@python -m pytest
+
+test-fast: .venv/.installed  ## The tests that take seconds
+	@python -m pytest -m 'not slow'
+
+lint: .venv/.installed  ## Format check, lint and types
+	@ruff format --check . && ruff check . && mypy
+
+format: .venv/.installed  ## Format the code
+	@ruff format . && ruff check --fix .
+
+clean:  ## Remove what the pipeline and the tools wrote, but not the environment or the DVC cache
+	rm -rf data/prepared data/tokens models exports reports .smallgpt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,210 @@
+"""The training loop: deterministic, stopped between two steps, and never updated with a number that is not finite."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from smallgpt.cli import StoppedError
+from smallgpt.config import Config
+from smallgpt.model import SmallGPT, next_token_loss
+from smallgpt.optim import set_learning_rate
+from smallgpt.score import score_stream
+from smallgpt.state import TrainState, save_state
+from smallgpt.tokens import TokenFile, batch
+from smallgpt.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def loop(config: Config, state: TrainState, data: dict[str, TokenFile], folder: Path, tracker: Tracker) -> None:
+    """Run the steps that are left. See `train` for what is raised."""
+    settings = config.training
+    loss_function = compiled(state.model, config)
+    seq_len = settings.seq_len or config.model.max_seq_len
+    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * seq_len
+    speed = Speed(folder / "speed.csv", tokens_per_step)
+    bar = tqdm(total=settings.max_steps, initial=state.step, unit="step", desc="train", disable=None, mininterval=0.5)
+    with stop_signals() as stopped, bar:
+        if state.step == 0:
+            validate(config, state, data["valid"], tracker)
+        while state.step < settings.max_steps:
+            loss, norm, rate = train_step(config, state, data["train"], loss_function, seq_len)
+            state.step += 1
+            step, last = state.step, state.step == settings.max_steps
+            if step % settings.log_interval == 0 or last:
+                row = {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+                state.train_rows.append(row)
+                measured = speed.measure(step)
+                tracker.log_metrics({f"train/{k}": v for k, v in {**row, **measured}.items() if k != "step"}, step)
+                bar.set_postfix_str(f"loss {loss:.3f}, {measured['tokens_per_second']:,.0f} tokens/s")
+            bar.update()
+            if step % settings.eval_interval == 0 or last:
+                with speed.paused():
+                    validate(config, state, data["valid"], tracker)
+            if stopped or (step % settings.checkpoint_interval == 0 and not last):
+                with speed.paused():
+                    save_state(folder, state)
+            if stopped:
+                name = signal.Signals(stopped[0]).name
+                raise StoppedError(
+                    f"stopped by {name} after step {step}; the same command goes on from there", stopped[0]
+                )
+
+
+def train_step(
+    config: Config, state: TrainState, data: TokenFile, loss_function: Callable[[Tensor, Tensor], Tensor], seq_len: int
+) -> tuple[float, float, float]:
+    """One update; returns the loss in nats per token, the gradient norm before clipping and the learning rate."""
+    settings = config.training
+    device = next(state.model.parameters()).device
+    micro_steps = settings.gradient_accumulation_steps
+    total = torch.zeros((), device=device)
+    for micro in range(micro_steps):
+        index = state.step * micro_steps + micro
+        x, y = batch(data.ids, seed=settings.seed, step=index, batch_size=settings.batch_size, seq_len=seq_len)
+        # Dropout's masks depend on the micro-step alone, so a resumed run draws the same ones.
+        torch.manual_seed((settings.seed << 32) + index)
+        loss = loss_function(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) / micro_steps
+        state.scaler.scale(loss).backward()
+        total += loss.detach()
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    parameters = list(state.model.parameters())
+    clip = settings.gradient_clip or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    # With fp16 the scaler skips a step whose gradients overflowed and lowers its scale; the loss must be finite anyhow.
+    if not torch.isfinite(total) or not (torch.isfinite(norm) or state.scaler.is_enabled()):
+        raise FloatingPointError(
+            f"step {state.step + 1}: the loss is {total.item()} and the gradient norm {norm.item()}; the weights were "
+            "not updated. Lower training.learning_rate, raise warmup_steps or use precision bf16"
+        )
+    rate = set_learning_rate(state.optimizers, settings, state.step)
+    for optimizer in state.optimizers:
+        state.scaler.step(optimizer)
+    state.scaler.update()
+    state.model.zero_grad(set_to_none=True)
+    if state.ema:
+        # Short at first, so that the average does not remember the initial weights.
+        decay = min(settings.ema_decay, (1 + state.step) / (10 + state.step))
+        current = state.model.state_dict()
+        torch._foreach_lerp_(list(state.ema.values()), [current[name] for name in state.ema], 1 - decay)
+    return total.item(), norm.item(), rate
+
+
+def compiled(model: SmallGPT, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of (ids, targets), both (B, T); compiled as training.compile says."""
+    settings = config.training
+    device = next(model.parameters()).device.type
+
+    def loss_function(ids: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=DTYPES[settings.precision], enabled=settings.precision != "fp32"):
+            logits, _ = model(ids)
+        return next_token_loss(logits, targets)
+
+    model.train()
+    if settings.compile is False:
+        return loss_function
+    if settings.compile == "auto":
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+            log.info("training is not compiled: no C++ compiler found (install g++ to train faster)")
+            return loss_function
+        if settings.max_steps < 200:
+            return loss_function  # compiling takes longer than it saves
+    return torch.compile(loss_function)
+
+
+def validate(config: Config, state: TrainState, data: TokenFile, tracker: Tracker) -> None:
+    """Score the whole valid split and keep the weights if they are the best so far."""
+    current = {name: value.clone() for name, value in state.model.state_dict().items()} if state.ema else None
+    if current:
+        state.model.load_state_dict(state.ema)
+    context = config.training.seq_len or config.model.max_seq_len
+    precision = config.training.precision
+    scores = score_stream(
+        state.model,
+        data.ids,
+        context=context,
+        stride=context,
+        batch_size=config.training.batch_size,
+        autocast=None if precision == "fp32" else DTYPES[precision],
+    )
+    if current:
+        state.model.load_state_dict(current)
+    loss = float(scores.nats.mean())
+    state.valid_rows.append({"step": state.step, "loss": loss})
+    tracker.log_metrics({"valid/loss": loss}, state.step)
+    if loss < state.best_loss:
+        state.best_loss, state.best_step = loss, state.step
+        state.best = {name: value.clone() for name, value in state.weights().items()}
+
+
+class Speed:
+    """Tokens per second and memory, kept out of the reproducible outputs: a CSV in the work folder and MLflow."""
+
+    def __init__(self, path: Path, tokens_per_step: int) -> None:
+        self.path, self.tokens_per_step = path, tokens_per_step
+        self.step: int | None = None
+        self.start = time.perf_counter()
+        if not path.exists():
+            path.write_text("step,tokens_per_second,peak_memory_mib\n", encoding="utf-8")
+
+    def measure(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        steps = step - self.step if self.step is not None else 1
+        rate = steps * self.tokens_per_step / max(now - self.start, 1e-9)
+        self.step, self.start = step, now
+        memory = peak_memory_mib()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{step},{rate:.1f},{memory:.1f}\n")
+        return {"tokens_per_second": rate, "peak_memory_mib": memory}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of the process, or of the CUDA device if one is in use, in MiB."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM into a list, so that the loop stops between two steps; a second one stops at once."""
+    received: list[int] = []
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if received:
+            signal.default_int_handler(signum, frame)
+        received.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {name: signal.signal(name, handler) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for name, previous in old.items():
+            signal.signal(name, previous)

@@ -1,0 +1,117 @@
+"""What a training run carries from step to step, and how it survives a kill."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smallgpt.checkpoint import read_tensors, write_tensors
+from smallgpt.cli import MismatchError
+from smallgpt.config import Config
+from smallgpt.files import replace_folder, sha256_bytes, sha256_file, write_json
+from smallgpt.model import SmallGPT
+from smallgpt.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from smallgpt.tokens import TokenFile
+
+log = logging.getLogger(__name__)
+
+STATE_FORMAT = 1  # part of the fingerprint: raise it when the loop changes what it computes
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training; what it holds is what a resumed run needs."""
+
+    model: SmallGPT
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    best_loss: float = float("inf")
+    best_step: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)  # weights with the lowest validation loss
+    ema: dict[str, Tensor] = field(default_factory=dict)  # moving average of the weights; empty when it is off
+    train_rows: list[dict[str, Any]] = field(default_factory=list)
+    valid_rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that are validated and kept: the moving average where there is one."""
+        return self.ema or self.model.state_dict()
+
+
+def new_state(config: Config, device: torch.device) -> TrainState:
+    """A freshly initialised model; the weights are drawn on the CPU, so they do not depend on the device."""
+    torch.manual_seed(config.training.seed)
+    model = SmallGPT(**config.model.model_dump()).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16")
+    state = TrainState(model, build_optimizers(model, config.training), scaler)
+    if config.training.ema_decay:
+        state.ema = {name: value.clone() for name, value in model.state_dict().items()}
+    return state
+
+
+def fingerprint(config: Config, data: dict[str, TokenFile], device: torch.device, threads: int) -> str:
+    """Hash of all that shapes the result: settings, data, tokenizer, PyTorch, threads, device."""
+    parts = {
+        "format": STATE_FORMAT,
+        "model": config.model.model_dump(),
+        "training": config.training.model_dump(exclude={"resume", "checkpoint_interval", "device", "threads"}),
+        "data": {split: file.sha256 for split, file in data.items()},
+        "tokenizer": data["train"].tokenizer_sha256,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads,
+    }
+    return sha256_bytes(json.dumps(parts, sort_keys=True).encode())
+
+
+def save_state(folder: Path, state: TrainState) -> None:
+    """Write the resumable state and then delete all but the newest two."""
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in state.ema.items()}
+    tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    tensors |= optimizer_tensors(state.optimizers)
+    with replace_folder(folder / f"state-{state.step:09d}") as temporary:
+        write_tensors(temporary / "state.safetensors", tensors)
+        values = {
+            "sha256": sha256_file(temporary / "state.safetensors"),
+            "step": state.step,
+            "best_loss": state.best_loss,
+            "best_step": state.best_step,
+            "scaler": state.scaler.state_dict(),
+            "train_rows": state.train_rows,
+            "valid_rows": state.valid_rows,
+        }
+        write_json(temporary / "state.json", values)
+    for old in sorted(folder.glob("state-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load_state(folder: Path, state: TrainState) -> None:
+    """Go on from the newest state in `folder` that is whole; without one, `state` stays as it is."""
+    for saved in sorted(folder.glob("state-*"), reverse=True):
+        try:
+            values = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+            if sha256_file(saved / "state.safetensors") != values["sha256"]:
+                raise MismatchError("its sha256 is another one")
+            tensors = read_tensors(saved / "state.safetensors")
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s is damaged and left aside: %s", saved, error)
+            continue
+
+        def part(kind: str, tensors: dict[str, Tensor] = tensors) -> dict[str, Tensor]:
+            device = next(state.model.parameters()).device
+            return {k.removeprefix(f"{kind}."): v.to(device) for k, v in tensors.items() if k.startswith(f"{kind}.")}
+
+        state.model.load_state_dict(part("model"))
+        state.ema, state.best = part("ema"), part("best")
+        load_optimizer_tensors(state.optimizers, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        state.scaler.load_state_dict(values["scaler"])
+        state.step, state.best_loss, state.best_step = values["step"], values["best_loss"], values["best_step"]
+        state.train_rows, state.valid_rows = values["train_rows"], values["valid_rows"]
+        log.info("resumed after step %d", state.step)
+        return

@@ -1,0 +1,189 @@
+"""Training: from token files to a model folder, resumable to the bit."""
+
+import argparse
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from smallgpt.checkpoint import save_checkpoint
+from smallgpt.cli import DeviceError, MismatchError, run
+from smallgpt.config import Config, load_config, parse_config
+from smallgpt.corpus import prepare, read_documents, split_names
+from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
+from smallgpt.loop import loop
+from smallgpt.model import SmallGPT
+from smallgpt.state import TrainState, fingerprint, load_state, new_state
+from smallgpt.tokenizer import Tokenizer
+from smallgpt.tokens import TokenFile, batch, tokenize, windows_per_epoch
+from smallgpt.tracking import MODEL_TAG, Tracker, start_run
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    tokens: Path,
+    out: Path,
+    reports: Path,
+    work: Path,
+    track: bool = True,
+) -> dict[str, Any]:
+    """Train a model on token files and write the model folder `out` and the curves in `reports`.
+
+    `work` holds the resumable state, in a folder named after everything that shapes the result; `track` mirrors the
+    run in MLflow. Returns the summary that also goes to reports/summary.json.
+
+    Raises:
+        ValueError: a corpus shorter than two windows, or another process is training the same thing.
+        MismatchError: token files of another tokenizer, or ids outside the vocabulary.
+        DeviceError: CUDA was asked for and is not there.
+        FloatingPointError: the loss or the gradient is not finite; nothing was updated with it.
+        StoppedError: SIGINT or SIGTERM; the state was saved and the next call goes on from it.
+    """
+    settings = config.training
+    device = pick_device(settings.device)
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    data = {split: TokenFile.load(tokens, split) for split in ("train", "valid")}
+    check_tokens(data, tokenizer, config)
+    key = fingerprint(config, data, device, threads)
+    folder = work / key[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            state = new_state(config, device)
+            if settings.resume == "auto":
+                load_state(folder, state)
+            with start_run("train", resume_key=key) if track else Tracker() as tracker:
+                tracker.log_params(config.model_dump(include={"model", "training"}))
+                for split, file in data.items():
+                    tracker.log_dataset(split, file.text_sha256, context=split)
+                loop(config, state, data, folder, tracker)
+                summary = finish(config, state, data, tokenizer, out, reports)
+                tracker.set_tags({MODEL_TAG: sha256_file(out / "model.safetensors")})
+                tracker.log_artifact(reports)
+            for saved in folder.glob("state-*"):
+                shutil.rmtree(saved)
+            return summary
+    except Timeout:
+        raise ValueError(f"another process is training with these settings (it holds {folder / 'lock'})") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where PyTorch has it; `cuda` without it raises DeviceError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("training.device is cuda, but PyTorch sees no CUDA device; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_tokens(data: dict[str, TokenFile], tokenizer: Tokenizer, config: Config) -> None:
+    """Refuse token files that this tokenizer did not write or that this model cannot read."""
+    for split, file in data.items():
+        if file.tokenizer_sha256 != tokenizer.sha256:
+            raise MismatchError(f"the {split} tokens were written by another tokenizer; run the tokenize stage again")
+        if int(file.ids.max()) >= config.model.vocab_size:
+            raise MismatchError(
+                f"the {split} tokens go up to id {int(file.ids.max())}; model.vocab_size is {config.model.vocab_size}"
+            )
+    seq_len = config.training.seq_len or config.model.max_seq_len
+    if windows_per_epoch(len(data["train"].ids), seq_len) < 1:
+        batch(data["train"].ids, seed=0, step=0, batch_size=1, seq_len=seq_len)  # raises with the remedy
+
+
+def finish(
+    config: Config, state: TrainState, data: dict[str, TokenFile], tokenizer: Tokenizer, out: Path, reports: Path
+) -> dict[str, Any]:
+    """Write the model folder and the reports; nothing in them depends on the run, the time or the machine's speed."""
+    seq_len = config.training.seq_len or config.model.max_seq_len
+    per_step = config.training.batch_size * config.training.gradient_accumulation_steps * seq_len
+    summary = {
+        "parameters": state.model.num_parameters(),
+        "steps": state.step,
+        "tokens_seen": state.step * per_step,
+        "epochs": state.step * per_step / len(data["train"].ids),
+        "train": {"loss": state.train_rows[-1]["loss"]},
+        "valid": {"loss": state.valid_rows[-1]["loss"], "best_loss": state.best_loss, "best_step": state.best_step},
+    }
+    lineage = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "data_sha256": {split: file.sha256 for split, file in data.items()},
+        "step": state.best_step,
+        "last_step": state.step,
+    }
+    save_checkpoint(out, config.model, state.best, lineage, tokenizer, last=state.weights())
+    write_atomic(reports / "train.csv", to_csv(state.train_rows))
+    write_atomic(reports / "valid.csv", to_csv(state.valid_rows))
+    write_json(reports / "summary.json", summary)
+    return summary
+
+
+class GPTTrainer:
+    """Prepare, tokenize and train in one call, for notebooks and scripts.
+
+    `config` is a `Config`, a path to a parameter file, or a dict of its sections. Everything is written below `work`:
+    prepared/, tokenizer/, tokens/, reports/, and the model folder gpt/.
+    """
+
+    def __init__(self, config: Config | str | Path | dict[str, Any], *, work: str | Path = ".smallgpt/trainer") -> None:
+        if isinstance(config, dict):
+            config = parse_config(config, "the configuration")
+        self.config = config if isinstance(config, Config) else load_config(config)
+        self.work = Path(work)
+
+    def train(self, corpus: str | Path, *, track: bool = False) -> SmallGPT:
+        """Train on a corpus (anything `prepare.source` takes) and return the model, its tokenizer attached.
+
+        A training that was stopped goes on where it was; `track` mirrors the run in MLflow.
+        """
+        config = self.config.model_copy(
+            update={"prepare": self.config.prepare.model_copy(update={"source": str(corpus)})}
+        )
+        prepared, tokens = self.work / "prepared", self.work / "tokens"
+        prepare(config.prepare, out=prepared, report=self.work / "reports" / "prepare.json")
+        tokenizer, _ = tokenize(
+            {split: read_documents(prepared, split) for split in split_names(prepared)},
+            vocab_size=config.model.vocab_size,
+            options=config.tokenizer,
+            tokenizer=self.work / "tokenizer",
+            tokens=tokens,
+        )
+        train(
+            config,
+            tokenizer,
+            tokens=tokens,
+            out=self.work / "gpt",
+            reports=self.work / "reports" / "train",
+            work=self.work / "state",
+            track=track,
+        )
+        return SmallGPT.from_pretrained(self.work / "gpt")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m smallgpt.train --config FILE --data FILE [--out FOLDER | --resume FOLDER]`."""
+    parser = argparse.ArgumentParser(prog="python -m smallgpt.train", description="Train without a pipeline.")
+    parser.add_argument("--config", default="params.yaml", help="parameter file (default: params.yaml)")
+    parser.add_argument("--data", required=True, help="text file, .jsonl, folder, or stories|shakespeare|wikitext2")
+    parser.add_argument("--out", type=Path, default=Path(".smallgpt/trainer"), help="work folder")
+    parser.add_argument("--resume", type=Path, help="work folder of a training that was stopped")
+    options = parser.parse_args(arguments)
+    if options.resume and not list(options.resume.glob("state/*/state-*")):
+        raise FileNotFoundError(f"{options.resume} holds no training that was stopped; use --out to start one")
+    trainer = GPTTrainer(options.config, work=options.resume or options.out)
+    model = trainer.train(options.data)
+    log.info("%d parameters, trained; the model is in %s", model.num_parameters(), trainer.work / "gpt")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

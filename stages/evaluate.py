@@ -1,0 +1,42 @@
+"""DVC stage `evaluate`: score the model on every split, against the entropy floor where it is known."""
+
+import json
+from pathlib import Path
+
+from smallgpt.cli import run
+from smallgpt.config import load_config
+from smallgpt.evaluate import evaluate, perplexity_rows
+from smallgpt.files import sha256_file
+from smallgpt.model import SmallGPT
+from smallgpt.tracking import start_run
+
+
+def main(
+    params: str = "params.yaml",
+    model: str = "models/gpt",
+    tokens: str = "data/tokens",
+    prepare_report: str = "reports/prepare.json",
+    train_reports: str = "reports/train",
+    out: str = "reports/evaluate",
+) -> None:
+    config = load_config(params)
+    report = json.loads(Path(prepare_report).read_text(encoding="utf-8"))
+    with start_run("evaluate", model_sha256=sha256_file(Path(model) / "model.safetensors")) as tracker:
+        results = evaluate(
+            SmallGPT.from_pretrained(model),
+            Path(tokens),
+            config.evaluation,
+            config.generation,
+            out=Path(out),
+            floors={key: part["floor_nats"] for key, part in report.items() if "floor_nats" in part},
+            train_reports=Path(train_reports),
+        )
+        tracker.log_params(config.model_dump(include={"evaluation"}) | {"generation": config.generation.to_dict()})
+        for split, figures in results.items():
+            tracker.log_metrics({f"{split}/{key}": value for key, value in figures.items()})
+        tracker.log_table("perplexity", perplexity_rows(results))
+        tracker.log_artifact(Path(out))
+
+
+if __name__ == "__main__":
+    run(main)
