@@ -45,6 +45,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except PermissionError as error:
+        code = _report(f"{error.filename}: permission denied; give this user access to it or name another place", 2)
     except (ValueError, OSError) as error:
         code = _report(error, 2)
     except KeyboardInterrupt:
@@ -52,6 +54,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _report(error: Exception, code: int) -> int:
+def _report(error: Exception | str, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code

@@ -4,13 +4,11 @@
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import math
 import os
 import re
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ import numpy.typing as npt
 
 from smallgpt.cli import run
 from smallgpt.config import PrepareConfig
+from smallgpt.download import download, verify
 from smallgpt.files import replace_folder, sha256_bytes, write_atomic, write_json
 from smallgpt.stories import generate_stories
 
@@ -69,29 +68,24 @@ def prepare(config: PrepareConfig, *, out: Path, report: Path) -> dict[str, Any]
     Raises:
         ValueError, FileNotFoundError, OSError: one line that names the file and the place in it.
     """
-    try:
-        corpus = load_corpus(config)
-        layout = "txt" if all(len(documents) == 1 for documents in corpus.splits.values()) else "jsonl"
-        path = Path(config.source)
-        # The base name only: an absolute path would make the report differ from machine to machine.
-        result: dict[str, Any] = {"source": path.name or path.resolve().name, "layout": layout}
-        with replace_folder(out) as folder:
-            for split, documents in corpus.splits.items():
-                data = "".join(documents) if layout == "txt" else "".join(map(_json_line, documents))
-                write_atomic(folder / f"{split}.{layout}", data)
-                result[split] = _measure(documents) | {"sha256": sha256_bytes(data.encode())}
-                if split != "train":
-                    result[split] |= overlap(corpus.splits["train"], documents)
-                if split in corpus.nats:
-                    # Rounded, so that another libm's last bit does not change the file.
-                    result[split]["floor_nats"] = round(corpus.nats[split], 6)
-                    bits = corpus.nats[split] / math.log(2)
-                    result[split]["floor_bits_per_byte"] = round(bits / result[split]["bytes"], 9)
-            write_json(report, result)
-    except PermissionError as error:
-        raise PermissionError(
-            f"{error.filename}: permission denied; give this user access to it or name another place"
-        ) from None
+    corpus = load_corpus(config)
+    layout = "txt" if all(len(documents) == 1 for documents in corpus.splits.values()) else "jsonl"
+    path = Path(config.source)
+    # The base name only: an absolute path would make the report differ from machine to machine.
+    result: dict[str, Any] = {"source": path.name or path.resolve().name, "layout": layout}
+    with replace_folder(out) as folder:
+        for split, documents in corpus.splits.items():
+            data = "".join(documents) if layout == "txt" else "".join(map(_json_line, documents))
+            write_atomic(folder / f"{split}.{layout}", data)
+            result[split] = _measure(documents) | {"sha256": sha256_bytes(data.encode())}
+            if split != "train":
+                result[split] |= overlap(corpus.splits["train"], documents)
+            if split in corpus.nats:
+                # Rounded, so that another libm's last bit does not change the file.
+                result[split]["floor_nats"] = round(corpus.nats[split], 6)
+                bits = corpus.nats[split] / math.log(2)
+                result[split]["floor_bits_per_byte"] = round(bits / result[split]["bytes"], 9)
+        write_json(report, result)
     sizes = [f"{s} {result[s]['bytes']:,} bytes in {result[s]['documents']:,} document(s)" for s in corpus.splits]
     log.info("prepared %s from %s: %s", out, config.source, ", ".join(sizes))
     return result
@@ -310,77 +304,8 @@ def _wikitext2(folder: Path) -> dict[str, list[str]]:
     if len(files) < len(SPLITS):
         files = _split_files(zipfile.Path(_downloaded("wikitext2", folder), "wikitext-2/"))
     for split, checksum in WIKITEXT2_CHECKSUMS.items():
-        _verify(files[split].read_bytes(), str(files[split]), checksum, "remove it to use the published file")
+        verify(files[split].read_bytes(), str(files[split]), checksum, "remove it to use the published file")
     return {split: [_decode(file.read_bytes(), str(file))] for split, file in files.items()}
-
-
-def download(url: str, destination: Path, *, checksum: str, attempts: int = 4, backoff: float = 0.5) -> Path:
-    """Fetch `url` once; a broken connection is resumed after `backoff` seconds, doubled each time.
-
-    Args:
-        checksum: "sha256:..." or "md5:..." of the whole file; a file already there is checked, too.
-
-    Raises:
-        ValueError: the checksum differs.
-        OSError: the network or the server failed; the message says what to fetch by hand and where to put it.
-    """
-    import requests  # here, so that reading prepared text needs no network library
-
-    if destination.exists():
-        _verify(destination.read_bytes(), str(destination), checksum, f"remove it to download {url} again")
-        return destination
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    part = destination.with_name(f"{destination.name}.part")
-    for attempt in range(1, attempts + 1):
-        try:
-            _fetch(url, part)
-            break
-        except requests.RequestException as error:
-            status = error.response.status_code if error.response is not None else None
-            reason = f"HTTP {status}" if status else type(error).__name__
-            if attempt == attempts or (status and status < 500):
-                remedy = f"fetch it by hand where there is a network and save it as {destination}"
-                raise OSError(f"cannot download {url} ({reason}); {remedy}") from None
-            log.warning("download of %s broke off (%s), trying again", url, reason)
-            time.sleep(backoff * 2 ** (attempt - 1))
-    try:
-        _verify(part.read_bytes(), url, checksum, f"try again, or fetch it by hand and save it as {destination}")
-    except ValueError:
-        part.unlink()
-        raise
-    part.replace(destination)
-    return destination
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Append what `part` lacks of `url`, or write it anew when the server ignores the range or has none such."""
-    import requests
-    from tqdm import tqdm
-
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # a range of a compressed answer would not be a range of the file
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
-        if response.status_code == 416 and have:
-            part.unlink()
-            return _fetch(url, part)
-        response.raise_for_status()
-        have = have if response.status_code == 206 else 0
-        total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
-        progress = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None)
-        with part.open("ab" if have else "wb") as file, progress:
-            for piece in response.iter_content(1 << 16):
-                file.write(piece)
-                progress.update(len(piece))
-    return None
-
-
-def _verify(data: bytes, name: str, checksum: str, remedy: str) -> None:
-    kind, expected = checksum.split(":")
-    found = hashlib.new(kind, data, usedforsecurity=False).hexdigest()
-    if found != expected:
-        raise ValueError(f"{name} has {kind} {found}, not {expected}; {remedy}")
 
 
 def main() -> None:

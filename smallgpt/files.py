@@ -53,12 +53,13 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that takes the place of `folder` when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # an earlier call was killed between the two renames below
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
