@@ -33,7 +33,7 @@ data: .venv/.installed  ## Write a corpus as text: make data SOURCE=shakespeare
 	@python -m smallgpt.corpus $(SOURCE)
 
 ui: .venv/.installed  ## Show the runs on http://127.0.0.1:5000
-	@mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+	@mlflow ui --host 127.0.0.1 --backend-store-uri "$$(python -c 'from smallgpt.tracking import tracking_uri; print(tracking_uri())')"
 
 test: .venv/.installed  ## All tests
 	@python -m pytest

@@ -68,13 +68,15 @@ class Tracker:
         `stage/name`, which makes trained models sortable by their evaluation.
         """
         now = int(time.time() * 1000)
+        if self._client is None:
+            return
         if step is None:
             self._try("metrics", lambda: self._send_results([(key, value, now, 0) for key, value in metrics.items()]))
             return
         new = [key for key in metrics if step > self._last_step.get(key, -1)]
         self._last_step.update(dict.fromkeys(new, step))
         self._queue.extend((key, metrics[key], now, step) for key in new)
-        if self._thread is None and self._client is not None:
+        if self._thread is None:
             self._thread = threading.Thread(target=self._flush_regularly, name="smallgpt-tracking", daemon=True)
             self._thread.start()
 
@@ -253,16 +255,15 @@ def _open_run(uri: str, stage: str, model_sha256: str | None, resume_key: str | 
 
 @contextmanager
 def _locked(database: Path) -> Iterator[None]:
-    """Let one process at a time open `database`, and fail at once when it cannot be written.
+    """Let one process at a time open `database`, and fail at once when it cannot be opened.
 
-    MLflow does not guard the first creation of its tables, and tries for 100 s to open a bad file. The lock is an
+    MLflow does not guard the first creation of its tables, and tries for 100 s to open a file. The lock is an
     SQLite transaction on an empty file beside it: it works on every system and ends with the process.
     """
     database.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(f"{database}.lock", timeout=60)) as lock:
         lock.execute("BEGIN EXCLUSIVE")
-        with closing(sqlite3.connect(database, timeout=20)) as check:
-            check.execute("BEGIN IMMEDIATE")
+        sqlite3.connect(database).close()
         yield
 
 
@@ -326,4 +327,4 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _one_line(message: str) -> str:
     """The beginning of a message without the password of an address."""
-    return re.sub(r"//[^/@\s]*@", "//", " ".join(message.split()))[:300]
+    return re.sub(r"//[^/@\s]*@", "//", " ".join(message.split()))[:400]

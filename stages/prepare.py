@@ -1,15 +1,19 @@
-"""Stage prepare: build the corpus, split it and measure the splits."""
+"""DVC stage `prepare`: build the corpus, split it, and measure the splits and their overlap."""
 
 from pathlib import Path
 
 from smallgpt.cli import run
 from smallgpt.config import load_config
 from smallgpt.corpus import prepare
+from smallgpt.tracking import start_run
 
 
 def main(params: str = "params.yaml", out: str = "data/prepared", report: str = "reports/prepare.json") -> None:
-    """Read the `prepare` section of `params` and write the splits and their report."""
-    prepare(load_config(params).prepare, out=Path(out), report=Path(report))
+    config = load_config(params)
+    with start_run("prepare") as tracker:
+        prepare(config.prepare, out=Path(out), report=Path(report))
+        tracker.log_params(config.model_dump(include={"prepare"}))
+        tracker.log_artifact(Path(report))
 
 
 if __name__ == "__main__":
