@@ -28,6 +28,11 @@ class GenerationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # One text is a list of one text, not its characters.
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop is {self.stop!r}; it must be a list of texts, none of them empty")
+        object.__setattr__(self, "stop", tuple(stop))
         ranges: dict[str, tuple[type, float, float]] = {
             "temperature": (float, 0, 100),
             "top_k": (int, 0, 2**31),
@@ -45,8 +50,6 @@ class GenerationConfig:
                 raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
         if self.top_p == 0:
             raise ValueError("top_p is 0, which keeps no token; use temperature 0 for greedy, 1 to turn top_p off")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop is {list(self.stop)}; it must be a list of texts, none of them empty")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GenerationConfig":
@@ -54,11 +57,10 @@ class GenerationConfig:
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
                 raise ValueError(f"unknown parameter {name}; {hint}")
-        stop = values.get("stop", ())
-        return cls(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ())})
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -100,9 +102,10 @@ def keep_top_k(logits: np.ndarray, top_k: int) -> np.ndarray:
 
 def keep_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
     """Keep the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
-    order = np.argsort(-logits, kind="stable")
-    before = np.cumsum(softmax(logits)[order])
-    before = np.concatenate([[0.0], before[:-1]])
+    kept = np.flatnonzero(logits > -np.inf)  # after top-k a few, and sorting all would be the slowest step
+    order = kept[np.argsort(-logits[kept], kind="stable")]
+    probabilities = softmax(logits[order])
+    before = np.cumsum(probabilities) - probabilities
     result = logits.copy()
     result[order[before >= top_p]] = -np.inf
     return result

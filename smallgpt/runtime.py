@@ -1,0 +1,267 @@
+"""A bundle at work: ONNX Runtime with everything bound once.
+
+Inputs, logits and the cache are arrays that are allocated and bound when a batch starts; a step writes a few numbers
+into them and runs. Prompts of a batch are padded on the right and share one prefill, then every step adds a token to
+each sequence; several tokens on top of a past are possible for a single sequence only (GroupQueryAttention's rule).
+"""
+
+import base64
+import contextlib
+import ctypes
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from smallgpt.bundle import CERTIFICATE, Bundle, load_bundle
+from smallgpt.cli import DeviceError, MismatchError
+from smallgpt.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arrays and the binding of calls with one shape; B sequences, S new tokens each, N wanted logits."""
+
+    arrays: dict[str, np.ndarray]  # the graph's small inputs by name
+    uploads: list[tuple[Any, np.ndarray]]  # device copies of them that need refreshing before a run
+    logits: np.ndarray  # (N, V)
+    binding: Any
+
+
+class OrtGPT:
+    """The model of a bundle, its tokenizer and the sequences it is working on.
+
+    Args:
+        bundle: the folder.
+        device: "cpu", "cuda", or "auto": CUDA where the bundle and the machine have it.
+        threads: 0 takes the processors this process may use, at most 8.
+        verify: compare the sha256 of every file first.
+
+    Raises:
+        FileNotFoundError, MismatchError: see `load_bundle`.
+        DeviceError: CUDA was asked for and is not there, or not for this bundle.
+    """
+
+    def __init__(self, bundle: str | Path, *, device: str = "auto", threads: int = 0, verify: bool = True) -> None:
+        self.bundle = load_bundle(bundle, verify=verify)
+        self.session, self.device = _open_session(self.bundle, device, threads)
+        self.tokenizer = Tokenizer.load(self.bundle.tokenizer)
+        self.max_seq_len: int = self.bundle.config.model["max_seq_len"]
+        self.vocab_size: int = self.bundle.config.model["vocab_size"]
+        names = [value.name for value in self.session.get_inputs()]
+        if names != self.bundle.config.inputs or self.tokenizer.vocab_size != self.vocab_size:
+            raise MismatchError(f"{self.bundle.folder}: graph, tokenizer and config.json do not belong together")
+        self.lengths = np.zeros(0, np.int64)  # (B,) tokens in the cache
+        self.capacity = 0
+        self._cache: dict[str, Any] = {}  # OrtValues by the names of the inputs
+        self._cache_shape: tuple[int, ...] = ()
+        self._decode: _Call | None = None
+
+    def prefill(self, ids: np.ndarray, lengths: np.ndarray | None = None, *, capacity: int | None = None) -> np.ndarray:
+        """Start B sequences with prompts `ids` (B, S), padded on the right; return the logits after each, (B, V).
+
+        `lengths` (B,) are the prompts' own lengths, S for all by default; `capacity` tokens are reserved for each
+        sequence, max_seq_len by default. The result is overwritten by the next call. Raises ValueError for an empty
+        prompt and for one that does not fit.
+        """
+        batch, tokens = ids.shape
+        lengths = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
+        if lengths.min() < 1 or lengths.max() > tokens:
+            raise ValueError(f"lengths are {lengths.tolist()}; each must be between 1 and {tokens}")
+        self._start(batch, capacity)
+        return self._run(ids, lengths, np.arange(batch) * tokens + lengths - 1)
+
+    def step(self, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+        """Add one token to every sequence, `tokens` (B,); return the logits after it, (B, V), until the next call.
+
+        A sequence that is not `active` (B,) is not lengthened; its logits mean nothing. Raises ValueError when an
+        active sequence is full.
+        """
+        active = np.ones(len(self.lengths), bool) if active is None else active
+        if (self.lengths[active] >= self.capacity).any():
+            raise ValueError(f"{self.capacity + 1} tokens do not fit into the context of {self.capacity}")
+        call = self._decode = self._decode or self._bind(len(self.lengths), 1, len(self.lengths))
+        past = np.minimum(self.lengths, self.capacity - 1)  # a finished and full sequence rewrites its last token
+        self._execute(call, tokens[:, None], past[:, None], past + 1)
+        self.lengths += active
+        return call.logits
+
+    def logits(self, ids: Sequence[int] | np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
+        """Logits after every token of one sequence, (T,) -> (T, V); `cuts` are positions where it is cut in pieces.
+
+        Ends the sequences in work. Raises ValueError when `ids` is empty or does not fit into the context.
+        """
+        ids = np.asarray(ids, np.int64)
+        self._start(1, len(ids))
+        result = np.empty((len(ids), self.vocab_size), np.float32)
+        for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+            lengths = np.array([end])
+            result[start:end] = self._run(ids[None, start:end], lengths, np.arange(end - start))
+        return result
+
+    def _start(self, batch: int, capacity: int | None) -> None:
+        """Reserve the cache of a new batch: one block for all layers."""
+        capacity = self.max_seq_len if capacity is None else capacity
+        if not 1 <= capacity <= self.max_seq_len:
+            raise ValueError(f"{capacity} tokens do not fit into the context of {self.max_seq_len}")
+        self.lengths = np.zeros(batch, np.int64)
+        model, dtype = self.bundle.config.model, np.dtype(self.bundle.config.dtype)
+        shape = (2 * model["num_layers"], batch, model["num_kv_heads"], capacity, model["head_dim"])
+        if shape == self._cache_shape:
+            return
+        names = [name for name in self.bundle.config.inputs if name.startswith("past_key_values.")]
+        if self.device == "cuda":
+            make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+            self._cache = {name: make(shape[1:], dtype, "cuda", 0) for name in names}
+        else:
+            block = np.zeros(shape, dtype)
+            self._cache = {name: _share(array) for name, array in zip(names, block, strict=True)}
+        self._cache_shape, self.capacity, self._decode = shape, capacity, None
+
+    def _run(self, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Feed `ids` (B, S) so that the sequences have `lengths` (B,) tokens; logits of the rows `wanted` (N,)."""
+        tokens = ids.shape[1]
+        if lengths.max() > self.capacity or tokens > self.capacity:
+            raise ValueError(f"{max(lengths.max(), tokens)} tokens do not fit into the context of {self.capacity}")
+        call = self._bind(len(ids), tokens, len(wanted))
+        call.arrays["logit_index"][:] = wanted
+        self._execute(call, ids, self.lengths[:, None] + np.arange(tokens), lengths)
+        self.lengths[:] = lengths
+        return call.logits
+
+    def _execute(self, call: _Call, ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> None:
+        arrays = call.arrays
+        arrays["input_ids"][:] = ids
+        arrays["seqlens_k"][:] = lengths - 1
+        # A batch's prefill must name its padded length; with a past it is the longest sequence.
+        arrays["total_sequence_length"][...] = max(lengths.max(), ids.shape[1])
+        if "position_ids" in arrays:
+            arrays["position_ids"][:] = positions
+        for value, array in call.uploads:
+            value.update_inplace(array)
+        self.session.run_with_iobinding(call.binding)
+
+    def _bind(self, batch: int, tokens: int, wanted: int) -> _Call:
+        binding = self.session.io_binding()
+        arrays: dict[str, np.ndarray] = {
+            "input_ids": np.zeros((batch, tokens), np.int64),
+            "position_ids": np.zeros((batch, tokens), np.int64),
+            "seqlens_k": np.zeros(batch, np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
+            "logit_index": np.arange(wanted, dtype=np.int64),
+        }
+        arrays = {name: array for name, array in arrays.items() if name in self.bundle.config.inputs}
+        uploads: list[tuple[Any, np.ndarray]] = []
+        for name, array in arrays.items():
+            # GroupQueryAttention reads total_sequence_length on the host.
+            on_host = self.device == "cpu" or name == "total_sequence_length"
+            value = _share(array) if on_host else onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+            uploads += [] if on_host else [(value, array)]
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        logits = np.zeros((wanted, self.vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", _share(logits))
+        return _Call(arrays, uploads, logits, binding)
+
+
+def _share(array: np.ndarray) -> Any:
+    """An OrtValue on the memory of `array`."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def check_golden(model: OrtGPT) -> tuple[int, float]:
+    """Recompute the golden logits of the bundle's certificate: how many vectors, and the largest difference.
+
+    Each stored sequence is run in one piece and, again, with its last token as a step of its own. Raises
+    MismatchError when a difference is above the certificate's limit.
+    """
+    certificate = model.bundle.certificate()
+    limit = certificate["limits"]["max_difference"]
+    largest = 0.0
+    for golden in certificate["golden"]:
+        ids = np.array(golden["ids"])
+        expected = np.frombuffer(base64.b64decode(golden["logits"]), "<f4")
+        results = [model.prefill(ids[None])[0].copy()]
+        if len(ids) > 1:
+            model.prefill(ids[None, :-1])
+            results.append(model.step(ids[-1:])[0].copy())
+        largest = max(largest, *(float(np.abs(result - expected).max()) for result in results))
+        if not largest <= limit:
+            raise MismatchError(
+                f"{model.bundle.folder}: logits differ by {largest:.3g} from those in {CERTIFICATE}, limit {limit:g}; "
+                f"this machine's {model.device} does not compute what was certified"
+            )
+    return len(certificate["golden"]), largest
+
+
+def _open_session(bundle: Bundle, device: str, threads: int) -> tuple[Any, str]:
+    """Open the graph on a device, and say on which one it really is."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; it must be auto, cpu or cuda")
+    if threads < 0:
+        raise ValueError(f"threads is {threads}; it must be at least 0")
+    devices, variant = bundle.config.devices, bundle.config.variant
+    if device == "cuda" and "cuda" not in devices:
+        raise DeviceError(f"{bundle.folder} is a {variant} bundle for {', '.join(devices)}; take exports/fp16 for cuda")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or min(8, _processors())
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what goes wrong arrives as an exception or is asked for below
+    if "cuda" in devices and device != "cpu":
+        problem = _missing_for_cuda()
+        if not problem:
+            session = _load(bundle, options, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+            if "CUDAExecutionProvider" in session.get_providers():
+                return session, "cuda"
+            problem = "onnxruntime could not start its CUDA provider on this GPU"
+        if device == "cuda":
+            raise DeviceError(f"cuda cannot be used: {problem}")
+        log.warning("warning: no GPU (%s): this %s bundle runs on the CPU, where fp32 is faster", problem, variant)
+    return _load(bundle, options, ["CPUExecutionProvider"]), "cpu"
+
+
+def _load(bundle: Bundle, options: Any, providers: list[str]) -> Any:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints when a provider fails, which is checked instead
+            return onnxruntime.InferenceSession(bundle.graph, options, providers=providers)
+    except Exception as error:  # its errors share no other base class
+        raise MismatchError(f"{bundle.graph} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _missing_for_cuda() -> str:
+    """What keeps ONNX Runtime from using a GPU, in words; empty if nothing is known to."""
+    windows = sys.platform == "win32"
+    driver = "nvcuda.dll" if windows else "libcuda.so.1"
+    provider = "onnxruntime_providers_cuda.dll" if windows else "libonnxruntime_providers_cuda.so"
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this onnxruntime is built without CUDA; install onnxruntime-gpu in its place"
+    try:
+        ctypes.CDLL(driver)
+    except OSError:
+        return f"{driver} is missing; install the NVIDIA driver"
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find; the first such is named below
+        onnxruntime.preload_dlls(directory="")
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).with_name("capi") / provider))
+    except OSError as error:
+        if "undefined symbol" not in str(error):  # all libraries are there; the rest comes with the session
+            return f"{str(error).split(':')[0]} is missing; pip install 'smallgpt[cuda]'"
+    return ""
+
+
+def _processors() -> int:
+    """Processors this process may use; where the system does not say, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

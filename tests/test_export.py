@@ -1,0 +1,300 @@
+import base64
+import json
+import logging
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import closure
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+
+from smallgpt import export as export_module
+from smallgpt.bundle import FILES
+from smallgpt.cli import MismatchError
+from smallgpt.config import ExportConfig
+from smallgpt.export import export, library_hashes
+from smallgpt.files import sha256_bytes, sha256_file
+from smallgpt.model import SmallGPT
+from smallgpt.runtime import OrtGPT
+from smallgpt.sampling import GenerationConfig
+from stages.export import main as stage
+
+MODELS = {
+    "gpt2": {"architecture": "gpt2"},
+    "llama": {"architecture": "llama"},
+    "llama-grouped": {"architecture": "llama", "num_kv_heads": 2},
+}
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SmallGPT, Path]:
+    """A model of each kind and the folder of its bundles."""
+    model = tiny.random_model(**MODELS[request.param])
+    return model, tiny.write_bundles(tmp_path_factory.mktemp(request.param), model, ["fp32", "fp16"])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    tiny.write_bundles(folder, tiny.random_model(), ["fp32"])
+    return folder
+
+
+def random_ids(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(4, tiny.tokenizer().vocab_size, shape)
+
+
+def torch_logits(model: SmallGPT, ids: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids))[0].numpy()
+
+
+def run_export(project: Path, out: Path, variants: list[str]) -> dict[str, dict[str, object]]:
+    config = ExportConfig(variants=variants, certificate_tokens=300, threads=1)
+    report = out.with_suffix(".json")
+    return export(project / "model", project / "tokens", config, GenerationConfig(), out=out, report=report)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("variant", "tolerance"), [("fp32", 2e-5), ("fp16", 0.05)])
+def test_ragged_batches_equal_torch_up_to_the_last_position(pair, variant: str, tolerance: float) -> None:
+    model, bundles = pair
+    served = OrtGPT(bundles / variant, device="cpu", threads=1)
+    lengths = np.array([50, 1, 31, 2, 50])
+    rows = random_ids(5, CONTEXT)
+    expected = torch_logits(model, rows)
+    each = np.arange(5)
+    logits = served.prefill(rows[:, :50], lengths)
+    np.testing.assert_allclose(logits, expected[each, lengths - 1], rtol=0, atol=tolerance)
+    for step in range(CONTEXT - 50):
+        logits = served.step(rows[each, lengths + step])
+        np.testing.assert_allclose(logits, expected[each, lengths + step], rtol=0, atol=tolerance)
+    assert served.lengths.max() == CONTEXT
+    with pytest.raises(ValueError, match="65 tokens do not fit into the context of 64"):
+        served.step(rows[:, 0])
+    assert np.abs(expected).max() > 4  # the tolerance means something
+
+
+def test_every_prompt_cut_equals_torch(pair) -> None:
+    model, bundles = pair
+    served = OrtGPT(bundles / "fp32", threads=1)
+    row = random_ids(CONTEXT)
+    expected = torch_logits(model, row[None])[0]
+    for cuts in [(), *((cut,) for cut in range(1, CONTEXT)), range(1, CONTEXT), (3, 4, 20)]:
+        np.testing.assert_allclose(served.logits(row, cuts), expected, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="65 tokens do not fit into the context of 64"):
+        served.logits(random_ids(CONTEXT + 1))
+
+
+def test_logits_do_not_depend_on_the_batch(pair) -> None:
+    served = OrtGPT(pair[1] / "fp32", threads=1)
+    rows, lengths, each = random_ids(7, CONTEXT), np.array([9, 40, 1, 17, 40, 3, 22]), np.arange(7)
+    batched = [served.prefill(rows[:, :40], lengths).copy()]
+    batched += [served.step(rows[each, lengths + step]).copy() for step in range(10)]
+    for i in each:
+        alone = [served.prefill(rows[i : i + 1, : lengths[i]], capacity=50).copy()]
+        alone += [served.step(rows[i : i + 1, lengths[i] + step]).copy() for step in range(10)]
+        assert np.array_equal(np.stack(alone)[:, 0], np.stack(batched)[:, i])
+
+
+def test_sequences_that_are_not_active_leave_the_others_alone(pair) -> None:
+    model, bundles = pair
+    served = OrtGPT(bundles / "fp32", threads=1)
+    rows = random_ids(2, CONTEXT)
+    served.prefill(np.concatenate([rows[:1], rows[:1]]), np.array([CONTEXT, 5]))  # the first has no room left
+    for position in range(5, 20):
+        logits = served.step(rows[0, [0, position]], np.array([False, True]))[1]
+        np.testing.assert_allclose(logits, torch_logits(model, rows[:1])[0, position], rtol=0, atol=2e-5)
+    assert served.lengths.tolist() == [CONTEXT, 20]
+
+
+def test_the_graph_has_exactly_the_intended_nodes(pair) -> None:
+    model, bundles = pair
+    graph = onnx.load(bundles / "fp32" / "model.onnx").graph
+    names = [constant.name for constant in graph.initializer]
+    assert len(names) == len(set(names))
+    assert not any(constant.external_data for constant in graph.initializer)
+    floats = sum(np.prod(c.dims) for c in graph.initializer if c.data_type == onnx.TensorProto.FLOAT)
+    tables = 0 if model.config.architecture == "gpt2" else 2 * model.cos.numel()
+    assert floats == model.num_parameters() + tables  # the tied embedding is stored once
+    nodes = Counter(node.op_type for node in graph.node)
+    common = {"GroupQueryAttention": 2, "MatMul": 8, "Gemm": 1, "Reshape": 1}
+    if model.config.architecture == "gpt2":
+        assert nodes == {**common, "Gather": 3, "Add": 2, "FastGelu": 2, "SkipLayerNormalization": 5}
+    else:
+        norms = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 4}
+        assert nodes == {**common, **norms, "Gather": 2, "Split": 2, "QuickGelu": 2, "Mul": 2}
+
+
+def test_the_certificate_says_what_was_measured(pair) -> None:
+    model, bundles = pair
+    for variant, largest in (("fp32", 2e-5), ("fp16", 0.05)):
+        certificate = json.loads((bundles / variant / "parity.json").read_text())
+        figures = certificate["figures"]
+        assert 0 < figures["mean_difference"] < figures["max_difference"] < largest
+        assert figures["bits_per_byte_difference"] < 1e-4
+        assert figures["top1_agreement"] > (0.98 if variant == "fp16" else 0.999)
+        paths = ["text", *(f"batch_{b}_{kind}" for b in (1, 2, 5) for kind in ("prefill", "decode")), "cuts"]
+        assert list(certificate["differences"]) == paths
+        # Three batches of 32 steps, the longest sequence of which ends at the last position of the context.
+        assert certificate["differences"]["batch_5_decode"]["logits"] == 5 * 32 * model.config.vocab_size
+        assert certificate["text"]["split"] == "test"
+        assert certificate["text"]["tokens"] == 300
+        assert certificate["versions"]["torch"] == torch.__version__
+        assert [len(golden["ids"]) for golden in certificate["golden"]] == [1, 16, CONTEXT]
+        golden = certificate["golden"][-1]
+        stored = np.frombuffer(base64.b64decode(golden["logits"]), "<f4")
+        np.testing.assert_allclose(stored, torch_logits(model, np.array([golden["ids"]]))[0, -1], atol=1e-5)
+    report = json.loads((bundles.parent / "export.json").read_text())
+    for variant in ("fp32", "fp16"):
+        graph = bundles / variant / "model.onnx"
+        assert report[variant]["bytes"] == graph.stat().st_size
+        assert report[variant]["sha256"] == sha256_file(graph)
+    assert report["fp16"]["bytes"] < 0.53 * report["fp32"]["bytes"]
+
+
+def test_bits_per_byte_are_those_of_the_text(project: Path) -> None:
+    figures = json.loads((project / "export.json").read_text())["fp32"]
+    model = SmallGPT.from_pretrained(project / "model")
+    ids = np.fromfile(project / "tokens" / "test.bin", np.uint16)[:301].astype(np.int64)
+    nats = 0.0
+    for start in range(0, 300, CONTEXT):
+        window = torch.from_numpy(ids[start : start + CONTEXT + 1])
+        with torch.inference_mode():
+            logits = model(window[None, :-1])[0][0]
+        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    text_bytes = len(tiny.tokenizer().decode(ids[1:].tolist()).encode())
+    assert figures["bits_per_byte_torch"] == pytest.approx(nats / np.log(2) / text_bytes, rel=1e-6)
+
+
+def test_lineage_names_model_text_tokenizer_and_library(project: Path) -> None:
+    lineage = json.loads((project / "exports" / "fp32" / "config.json").read_text())["lineage"]
+    assert lineage["model"] == sha256_file(project / "model" / "model.safetensors")
+    assert lineage["tokenizer"] == sha256_file(project / "model" / "tokenizer.model")
+    assert lineage["library"] == library_hashes()
+    source = Path(export_module.__file__)
+    files = {*closure.closure(source), source}
+    assert lineage["library"] == {f"smallgpt/{path.name}": sha256_file(path) for path in files}
+
+
+def test_two_exports_have_the_same_bytes(project: Path, tmp_path: Path) -> None:
+    first, second = (run_export(project, tmp_path / name, ["fp32", "fp16"]) for name in ("a", "b"))
+    assert first == second
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(contents(tmp_path / "a")) == 2 * (len(FILES) + 1)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "a").values())
+
+
+@pytest.mark.slow
+def test_another_process_writes_the_same_bytes(project: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from smallgpt.config import ExportConfig\n"
+        "from smallgpt.export import export; from smallgpt.sampling import GenerationConfig\n"
+        "project, out = map(Path, sys.argv[1:])\n"
+        "config = ExportConfig(variants=['fp32', 'fp16'], certificate_tokens=300, threads=1)\n"
+        "export(project / 'model', project / 'tokens', config, GenerationConfig(), out=out, report=out / 'r.json')\n"
+    )
+    for name, seed in (("a", "1"), ("b", "2")):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        subprocess.run([sys.executable, "-c", code, project, tmp_path / name], env=environment, check=True)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "weight", ["h.0.attn.qkv.weight", "h.1.mlp.down.bias", "h.1.ln_2.weight", "wpe.weight", "wte.weight"]
+)
+def test_the_certificate_fails_on_one_changed_weight(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
+) -> None:
+    out = tmp_path / "exports"
+    run_export(project, out, ["fp32"])
+    before = contents(tmp_path)
+    build = export_module.build_graph
+
+    def build_wrong(weights, *arguments, **settings):
+        weights[weight] = weights[weight].copy()
+        weights[weight].flat[-1] += 0.05
+        return build(weights, *arguments, **settings)
+
+    monkeypatch.setattr(export_module, "build_graph", build_wrong)
+    with pytest.raises(ValueError, match=r"the certificate of fp32 fails: max_difference is .*, the limit is 0\.001"):
+        run_export(project, out, ["fp32"])
+    assert contents(tmp_path) == before  # the earlier export and its report are whole, and nothing else is left
+
+
+def test_the_certificate_fails_on_logits_that_are_not_finite(project: Path, tmp_path: Path) -> None:
+    model = SmallGPT.from_pretrained(project / "model")
+    with torch.no_grad():
+        model.h[0].mlp.up.weight[0, 0] = 1e30  # fits float32, not float16
+    tiny.write_project(tmp_path, model)
+    with (
+        np.errstate(over="ignore", invalid="ignore"),
+        pytest.raises(ValueError, match="the certificate of fp16 fails: max_difference is nan"),
+    ):
+        run_export(tmp_path, tmp_path / "exports", ["fp16"])
+
+
+@pytest.mark.parametrize(("architecture", "head_dim", "multiple"), [("gpt2", 12, 8), ("llama", 24, 16)])
+def test_heads_without_a_kernel_are_refused(tmp_path: Path, architecture: str, head_dim: int, multiple: int) -> None:
+    tiny.write_project(tmp_path, tiny.random_model(architecture, embed_dim=4 * head_dim))
+    message = f"embed_dim / num_heads is {head_dim}; ONNX Runtime's attention needs a multiple of {multiple}"
+    with pytest.raises(ValueError, match=message):
+        run_export(tmp_path, tmp_path / "exports", ["fp32"])
+
+
+def test_valid_stands_in_for_a_missing_test_split(project: Path, tmp_path: Path) -> None:
+    tiny.write_project(tmp_path, SmallGPT.from_pretrained(project / "model"))
+    (tmp_path / "tokens" / "test.bin").unlink()
+    run_export(tmp_path, tmp_path / "exports", ["fp32"])
+    text = json.loads((tmp_path / "exports" / "fp32" / "parity.json").read_text())["text"]
+    ids = np.fromfile(tmp_path / "tokens" / "valid.bin", np.uint16).astype(np.int64)[:301]
+    assert text == {"split": "valid", "tokens": len(ids) - 1, "sha256": sha256_bytes(ids.tobytes())}
+
+
+def test_what_does_not_fit_together_is_refused(project: Path, tmp_path: Path) -> None:
+    tiny.write_project(tmp_path, SmallGPT.from_pretrained(project / "model"))
+    header = tmp_path / "tokens" / "test.json"
+    header.write_text(header.read_text().replace(tiny.tokenizer().sha256, "0" * 64))
+    with pytest.raises(MismatchError, match="was not made with the tokenizer of"):
+        run_export(tmp_path, tmp_path / "exports", ["fp32"])
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.model does not exist; the train stage writes it"):
+        run_export(tmp_path, tmp_path / "exports", ["fp32"])
+    assert not (tmp_path / "exports").exists()
+
+
+def test_the_stage_reads_params_and_replaces_old_bundles(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SMALLGPT_TRACKING", "off")
+    caplog.set_level(logging.INFO)
+    params = tmp_path / "params.yaml"
+    params.write_text(
+        "export: {variants: [fp32], certificate_tokens: 200, threads: 1}\n"
+        "generation: {temperature: 0.25, stop: ['.']}\n"
+    )
+    old = tmp_path / "exports" / "fp16" / "model.onnx"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+    stage(
+        params=str(params),
+        model=str(project / "model"),
+        tokens=str(project / "tokens"),
+        out=str(tmp_path / "exports"),
+        report=str(tmp_path / "reports" / "export.json"),
+    )
+    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["fp32"]
+    generation = json.loads((tmp_path / "exports" / "fp32" / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["stop"]) == (0.25, ["."])
+    assert list(json.loads((tmp_path / "reports" / "export.json").read_text())) == ["fp32"]
+    assert "fp32: certified" in caplog.text
