@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 
 from smallgpt.cli import MismatchError
 from smallgpt.config import ModelConfig
-from smallgpt.files import replace_folder, write_atomic, write_json
+from smallgpt.files import replace_folder, sha256_file, write_atomic, write_json
 from smallgpt.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -57,7 +57,9 @@ def save_checkpoint(
             write_tensors(temporary / "last.safetensors", last)
         if tokenizer is not None:
             write_atomic(temporary / "tokenizer.model", tokenizer.model)
-        write_json(temporary / "config.json", {"format": FORMAT, "model": config.model_dump(), **lineage})
+        digests = {path.name: sha256_file(path) for path in sorted(temporary.glob("*.safetensors"))}
+        values = {"format": FORMAT, "model": config.model_dump(), **lineage, "sha256": digests}
+        write_json(temporary / "config.json", values)
 
 
 def load_checkpoint(folder: str | Path, *, weights: str = "model.safetensors") -> Checkpoint:
@@ -77,10 +79,14 @@ def load_checkpoint(folder: str | Path, *, weights: str = "model.safetensors") -
         if version > FORMAT:
             raise MismatchError(f"{folder} has format {version}; this smallgpt reads up to {FORMAT}: upgrade it")
         config = ModelConfig.model_validate(values.pop("model"))
+        digest = values.pop("sha256", {}).get(weights)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, MismatchError):
             raise
-        raise MismatchError(f"{folder / 'config.json'} is no model configuration: {error!r}") from None
+        raise MismatchError(f"{folder / 'config.json'} is no model configuration: {_one_line(error)}") from None
+    # safetensors has no checksum of its own: a flipped bit would pass as a weight.
+    if digest not in (None, sha256_file(folder / weights)):
+        raise MismatchError(f"{folder / weights} is damaged or was changed: config.json has another sha256 for it")
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.model").is_file() else None
     if tokenizer and values.get("tokenizer_sha256") not in (None, tokenizer.sha256):
         raise MismatchError(
@@ -88,3 +94,7 @@ def load_checkpoint(folder: str | Path, *, weights: str = "model.safetensors") -
             f"(sha256 {tokenizer.sha256[:12]}, config.json says {values['tokenizer_sha256'][:12]})"
         )
     return Checkpoint(config, read_tensors(folder / weights), values, tokenizer)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -43,7 +43,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except FloatingPointError as error:
         code = _report(error, 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except PermissionError as error:
         code = _report(f"{error.filename}: permission denied; give this user access to it or name another place", 2)
@@ -51,6 +50,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = _report(error, 2)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe: the interpreter's own last flush would complain and change the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

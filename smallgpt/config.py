@@ -1,6 +1,7 @@
 """params.yaml as pydantic models: strict, typed, with an error that names the key, its value and the remedy."""
 
 import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         return float(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.inf  # the next check refuses infinity
     return value
 
 
@@ -26,7 +27,9 @@ def _generation(values: Any) -> Any:
     """The generation section is a plain dataclass, shared with the serving install; it checks itself."""
     if not isinstance(values, dict):
         return values
-    return GenerationConfig.from_dict({k: _number(v) if isinstance(v, str) else v for k, v in values.items()})
+    return GenerationConfig.from_dict(
+        {k: _number(v) if isinstance(v, str) and k != "stop" else v for k, v in values.items()}
+    )
 
 
 Real = Annotated[float, BeforeValidator(_number)]
@@ -126,14 +129,14 @@ class TrainingConfig(Section):
     gradient_clip: NonNegative = 1.0
     ema_decay: Fraction = 0.0
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    compile: Literal["auto"] | bool = "auto"
+    compile: Literal["auto", True, False] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     eval_interval: Count = 500
     log_interval: Count = 10
     checkpoint_interval: Count = 500
     resume: Literal["auto", "never"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # PyTorch's CPU generator reads 32 bits
 
     @model_validator(mode="after")
     def _steps(self) -> "TrainingConfig":
@@ -172,7 +175,13 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
-    def _lengths(self) -> "Config":
+    def _across_sections(self) -> "Config":
+        multiple = 8 if self.model.architecture == "gpt2" else 16
+        if self.model.head_dim % multiple:
+            raise ValueError(
+                f"model.embed_dim / model.num_heads is {self.model.head_dim}; the attention of ONNX Runtime "
+                f"needs a multiple of {multiple} for {self.model.architecture}"
+            )
         if self.training.seq_len and self.training.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"training.seq_len {self.training.seq_len} is larger than model.max_seq_len {self.model.max_seq_len}"
@@ -192,11 +201,12 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, value in node.value:
             line = f"line {key.start_mark.line + 1}"
-            if key.value in seen:
-                raise ValueError(f"{line}: the key {key.value} stands there twice")
-            seen.add(key.value)
+            name = str(key.value)
+            if name in seen:
+                raise ValueError(f"{line}: the key {name} stands there twice; remove one of them")
+            seen.add(name)
             if isinstance(value, yaml.ScalarNode) and value.style is None and re.fullmatch(r"[-+]?0\d+", value.value):
-                raise ValueError(f"{line}: {key.value} is {value.value}, which reads as octal; drop the leading 0")
+                raise ValueError(f"{line}: {name} is {value.value}, which reads as octal; drop the leading 0")
         return super().construct_mapping(node, deep)
 
 
@@ -237,13 +247,15 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
 def _explain(fault: Any) -> str:
     location = tuple(part for part in fault["loc"] if part not in ("function-before[_number(), float]",))
     key = ".".join(str(part) for part in location[:2])
-    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
         close = difflib.get_close_matches(str(location[-1]), _known_keys(location), n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(_known_keys(location))}"
         return f"unknown parameter {key}{hint}"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = re.sub("^(Value error, |Input |String |List )", "", fault["msg"])
     if fault["type"] == "value_error":
         return f"{key}: {message}" if key else message
+    if fault["type"] in ("model_type", "dataclass_exact_type"):
+        message = f"should hold parameters, a line each: {', '.join(_known_keys((*location, '')))}"
     return f"{key} is {fault['input']!r}; it {message}"
 
 

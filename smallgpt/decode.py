@@ -34,9 +34,10 @@ def generate_ids(
     if not 0 < len(prompt) <= limit:
         raise ValueError(f"the prompt has {len(prompt)} tokens; between 1 and {limit} fit into the context")
     ids = list(prompt)
+    new, past = ids, None
     device = next(model.parameters()).device
-    logits, past = model(torch.tensor([ids], device=device))
     for position in range(config.max_new_tokens):
+        logits, past = model(torch.tensor([new], device=device), past)
         token = sample(
             logits[0, -1].float().cpu().numpy(),
             config,
@@ -51,7 +52,7 @@ def generate_ids(
         yield token
         if len(ids) > limit:
             return
-        logits, past = model(torch.tensor([[token]], device=device), past)
+        new = [token]
 
 
 def stream_text(
@@ -88,7 +89,7 @@ def generate_text(model: Model, prompt: str, max_length: int = 50, temperature: 
     """
     tokenizer = require_tokenizer(model)
     new_tokens = max(0, max_length - len(tokenizer.encode(prompt)))
-    config = GenerationConfig(temperature=temperature, max_new_tokens=new_tokens, **settings)
+    config = GenerationConfig.from_dict({"temperature": temperature, "max_new_tokens": new_tokens, **settings})
     training = getattr(model, "training", False)
     if training:
         model.eval()  # type: ignore[attr-defined]

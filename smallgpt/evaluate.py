@@ -14,7 +14,7 @@ from smallgpt.files import to_csv, write_atomic, write_json
 from smallgpt.model import SmallGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.score import Scores, score_stream, summarize
-from smallgpt.tokens import TokenFile
+from smallgpt.tokens import TokenFile, count_words
 
 LEAK_NATS = 25.0  # further below the floor than this happens by chance with probability e^-25
 LOGITS_AT_ONCE = 2**26  # numbers; bounds the memory of one batch
@@ -29,7 +29,7 @@ def evaluate_split(
     """
     context = model.config.max_seq_len
     stride = config.stride or context // 2
-    batch_size = max(1, min(config.batch_size, LOGITS_AT_ONCE // (context * model.config.vocab_size)))
+    batch_size = windows_at_once(model, config)
     plain = score_stream(model, tokens.ids, context=context, stride=context, batch_size=batch_size)
     sliding = score_stream(model, tokens.ids, context=context, stride=stride, batch_size=batch_size)
     figures: dict[str, Any] = {
@@ -54,15 +54,21 @@ def evaluate_split(
     return figures, plain
 
 
+def windows_at_once(model: SmallGPT, config: EvaluationConfig) -> int:
+    """The batch size of the settings, smaller where its logits would not fit into memory."""
+    return max(1, min(config.batch_size, LOGITS_AT_ONCE // (model.config.max_seq_len * model.config.vocab_size)))
+
+
 def evaluate_train(model: SmallGPT, tokens: TokenFile, config: EvaluationConfig) -> dict[str, Any]:
     """The first `train_tokens` tokens of the train split, not sliding, to compare with valid and test."""
     ids = tokens.ids[: config.train_tokens + 1]
     assert model.tokenizer is not None
     lengths = np.array([len(piece) for piece in model.tokenizer.token_bytes])
-    text = model.tokenizer.decode(ids[1:].tolist())
+    documents = np.split(ids[1:], np.flatnonzero(ids[1:] == model.tokenizer.eos_id))
+    words = sum(count_words(model.tokenizer.decode(document.tolist())) for document in documents)
     context = model.config.max_seq_len
-    scores = score_stream(model, ids, context=context, stride=context, batch_size=config.batch_size)
-    figures = summarize(scores, max(1, int(lengths[ids[1:]].sum())), len(text.split()) + text.count("\n"))
+    scores = score_stream(model, ids, context=context, stride=context, batch_size=windows_at_once(model, config))
+    figures = summarize(scores, max(1, int(lengths[ids[1:]].sum())), words)
     return {"tokens": len(scores.nats), "bytes": int(lengths[ids[1:]].sum()), "context": context, **figures}
 
 
@@ -82,18 +88,20 @@ def evaluate(
     `floors` maps a split to the nats of its text under the source that made it, where that is known.
     """
     results: dict[str, dict[str, Any]] = {}
-    positions: dict[str, np.ndarray] = {}
+    scores: dict[str, Scores] = {}
     for split in ("valid", "test"):
-        if (tokens / f"{split}.bin").is_file():
-            results[split], scores = evaluate_split(model, TokenFile.load(tokens, split), config, floors.get(split))
-            positions[split] = loss_by_position(scores)
+        if split == "valid" or (tokens / f"{split}.bin").is_file():
+            file = TokenFile.load(tokens, split)
+            results[split], scores[split] = evaluate_split(model, file, config, floors.get(split))
     if config.train_tokens:
         results["train"] = evaluate_train(model, TokenFile.load(tokens, "train"), config)
     write_json(out / "perplexity.json", results)
     write_atomic(out / "perplexity.md", perplexity_table(results))
+    reach = min(int(s.position.max()) + 1 for s in scores.values())  # a short split does not fill the context
+    losses = {split: loss_by_position(s, reach) for split, s in scores.items()}
     rows = [
-        {"position": bucket, **{split: round(float(losses[i]), 5) for split, losses in positions.items()}}
-        for i, bucket in enumerate(position_buckets(model.config.max_seq_len))
+        {"position": bucket, **{split: round(float(loss[i]), 5) for split, loss in losses.items()}}
+        for i, bucket in enumerate(position_buckets(reach))
     ]
     write_atomic(out / "position.csv", to_csv(rows))
     write_atomic(out / "samples.md", samples_page(model, config, generation))
@@ -103,15 +111,14 @@ def evaluate(
 
 def position_buckets(context: int) -> list[int]:
     """First positions of up to 32 equal parts of the context."""
-    return list(range(0, context, max(1, context // 32)))
+    return list(range(0, context, -(-context // 32)))
 
 
-def loss_by_position(scores: Scores) -> np.ndarray:
-    """Mean nats in each bucket of `position_buckets`; the context is one more than the largest position."""
-    context = int(scores.position.max()) + 1
-    starts = position_buckets(context)
-    bucket = np.searchsorted(starts, scores.position, side="right") - 1
-    return np.bincount(bucket, scores.nats, len(starts)) / np.maximum(1, np.bincount(bucket, minlength=len(starts)))
+def loss_by_position(scores: Scores, context: int) -> np.ndarray:
+    """Mean nats in each bucket of `position_buckets(context)`, all of which must be reached."""
+    inside = scores.position < context
+    bucket = np.searchsorted(position_buckets(context), scores.position[inside], side="right") - 1
+    return np.bincount(bucket, scores.nats[inside]) / np.bincount(bucket)
 
 
 def perplexity_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
@@ -160,9 +167,6 @@ def samples_page(model: SmallGPT, config: EvaluationConfig, generation: Generati
 
 def draw_pictures(out: Path, positions: list[dict[str, Any]], train_reports: Path | None) -> None:
     """Draw position.png and, where the CSV files of the training are given, loss.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     def save(name: str, curves: dict[str, tuple[list[float], list[float]]], xlabel: str) -> None:
@@ -182,6 +186,6 @@ def draw_pictures(out: Path, positions: list[dict[str, Any]], train_reports: Pat
     if train_reports is not None:
         curves = {}
         for name in ("train", "valid"):
-            rows = list(csv.DictReader((train_reports / f"{name}.csv").open(encoding="utf-8")))
+            rows = list(csv.DictReader((train_reports / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
             curves[name] = ([float(row["step"]) for row in rows], [float(row["loss"]) for row in rows])
         save("loss.png", curves, "step")

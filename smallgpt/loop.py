@@ -1,6 +1,7 @@
 """The training loop: deterministic, stopped between two steps, and never updated with a number that is not finite."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -75,8 +77,9 @@ def train_step(
     for micro in range(micro_steps):
         index = state.step * micro_steps + micro
         x, y = batch(data.ids, seed=settings.seed, step=index, batch_size=settings.batch_size, seq_len=seq_len)
-        # Dropout's masks depend on the micro-step alone, so a resumed run draws the same ones.
-        torch.manual_seed((settings.seed << 32) + index)
+        # Dropout's masks depend on (seed, micro-step) alone, so a resumed run draws the same ones. Hashed into 32 bits:
+        # PyTorch's CPU generator reads no more of a seed.
+        torch.manual_seed(int(np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]))
         loss = loss_function(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) / micro_steps
         state.scaler.scale(loss).backward()
         total += loss.detach()
@@ -85,14 +88,16 @@ def train_step(
     parameters = list(state.model.parameters())
     clip = settings.gradient_clip or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    # With fp16 the scaler skips a step whose gradients overflowed and lowers its scale; the loss must be finite anyhow.
-    if not torch.isfinite(total) or not (torch.isfinite(norm) or state.scaler.is_enabled()):
+    # With fp16 a step whose gradients overflowed is skipped, by all optimizers, and the scaler lowers its scale; the
+    # loss must be finite anyhow.
+    overflow = not torch.isfinite(norm)
+    if not torch.isfinite(total) or (overflow and not state.scaler.is_enabled()):
         raise FloatingPointError(
             f"step {state.step + 1}: the loss is {total.item()} and the gradient norm {norm.item()}; the weights were "
             "not updated. Lower training.learning_rate, raise warmup_steps or use precision bf16"
         )
     rate = set_learning_rate(state.optimizers, settings, state.step)
-    for optimizer in state.optimizers:
+    for optimizer in () if overflow else state.optimizers:
         state.scaler.step(optimizer)
     state.scaler.update()
     state.model.zero_grad(set_to_none=True)
@@ -144,6 +149,10 @@ def validate(config: Config, state: TrainState, data: TokenFile, tracker: Tracke
     if current:
         state.model.load_state_dict(current)
     loss = float(scores.nats.mean())
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"step {state.step}: the validation loss is {loss}. Lower training.learning_rate or raise warmup_steps"
+        )
     state.valid_rows.append({"step": state.step, "loss": loss})
     tracker.log_metrics({"valid/loss": loss}, state.step)
     if loss < state.best_loss:

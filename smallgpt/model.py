@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smallgpt.checkpoint import load_checkpoint, save_checkpoint
+from smallgpt.cli import MismatchError
 from smallgpt.config import ModelConfig
 from smallgpt.decode import generate_text
 from smallgpt.tokenizer import Tokenizer
@@ -191,7 +192,9 @@ class SmallGPT(nn.Module):
         try:
             model.load_state_dict(checkpoint.weights)
         except RuntimeError as error:
-            raise ValueError(f"{folder}: the weights do not fit config.json: {' '.join(str(error).split())}") from None
+            raise MismatchError(
+                f"{folder}: {weights} does not fit config.json: {' '.join(str(error).split())}"
+            ) from None
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

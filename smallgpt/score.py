@@ -14,7 +14,7 @@ class Scores:
 
     nats: np.ndarray  # float64, -ln p of the token
     rank: np.ndarray  # int64, how many tokens were held more likely
-    position: np.ndarray  # int64, how many ids stood before it in its window
+    position: np.ndarray  # int64, place in its window of the id it was predicted from
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

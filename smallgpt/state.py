@@ -13,7 +13,7 @@ from torch import Tensor
 from smallgpt.checkpoint import read_tensors, write_tensors
 from smallgpt.cli import MismatchError
 from smallgpt.config import Config
-from smallgpt.files import replace_folder, sha256_bytes, sha256_file, write_json
+from smallgpt.files import replace_folder, sha256_bytes, sha256_file, write_atomic, write_json
 from smallgpt.model import SmallGPT
 from smallgpt.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from smallgpt.tokens import TokenFile
@@ -78,7 +78,6 @@ def save_state(folder: Path, state: TrainState) -> None:
     with replace_folder(folder / f"state-{state.step:09d}") as temporary:
         write_tensors(temporary / "state.safetensors", tensors)
         values = {
-            "sha256": sha256_file(temporary / "state.safetensors"),
             "step": state.step,
             "best_loss": state.best_loss,
             "best_step": state.best_step,
@@ -86,7 +85,9 @@ def save_state(folder: Path, state: TrainState) -> None:
             "train_rows": state.train_rows,
             "valid_rows": state.valid_rows,
         }
-        write_json(temporary / "state.json", values)
+        write_atomic(temporary / "state.json", json.dumps(values))  # a gradient norm may be infinite with fp16
+        hashes = {name: sha256_file(temporary / name) for name in ("state.safetensors", "state.json")}
+        write_json(temporary / "hashes.json", hashes)
     for old in sorted(folder.glob("state-*"))[:-2]:
         shutil.rmtree(old)
 
@@ -95,11 +96,13 @@ def load_state(folder: Path, state: TrainState) -> None:
     """Go on from the newest state in `folder` that is whole; without one, `state` stays as it is."""
     for saved in sorted(folder.glob("state-*"), reverse=True):
         try:
+            hashes = json.loads((saved / "hashes.json").read_text(encoding="utf-8"))
+            for name in ("state.safetensors", "state.json"):
+                if sha256_file(saved / name) != hashes[name]:
+                    raise MismatchError(f"the sha256 of {name} is another one")
             values = json.loads((saved / "state.json").read_text(encoding="utf-8"))
-            if sha256_file(saved / "state.safetensors") != values["sha256"]:
-                raise MismatchError("its sha256 is another one")
             tensors = read_tensors(saved / "state.safetensors")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged and left aside: %s", saved, error)
             continue
 
@@ -115,3 +118,9 @@ def load_state(folder: Path, state: TrainState) -> None:
         state.train_rows, state.valid_rows = values["train_rows"], values["valid_rows"]
         log.info("resumed after step %d", state.step)
         return
+
+
+def clear_states(folder: Path) -> None:
+    """Delete all states, those that a kill left half written too."""
+    for saved in [*folder.glob("state-*"), *folder.glob(".state-*")]:
+        shutil.rmtree(saved)

@@ -121,10 +121,11 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        # The stop string that is complete first, so that the result does not depend on where tokens end.
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            keep = min(found)
+            keep = min(found)[1]
         elif final:
             keep = len(self._held)
         else:

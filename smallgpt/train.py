@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from smallgpt.corpus import prepare, read_documents, split_names
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
 from smallgpt.loop import loop
 from smallgpt.model import SmallGPT
-from smallgpt.state import TrainState, fingerprint, load_state, new_state
+from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.tokens import TokenFile, batch, tokenize, windows_per_epoch
 from smallgpt.tracking import MODEL_TAG, Tracker, start_run
@@ -64,7 +63,10 @@ def train(
             state = new_state(config, device)
             if settings.resume == "auto":
                 load_state(folder, state)
-            with start_run("train", resume_key=key) if track else Tracker() as tracker:
+            else:
+                clear_states(folder)  # they would be taken for newer than the ones to come
+            resume_key = key if settings.resume == "auto" else None
+            with start_run("train", resume_key=resume_key) if track else Tracker() as tracker:
                 tracker.log_params(config.model_dump(include={"model", "training"}))
                 for split, file in data.items():
                     tracker.log_dataset(split, file.text_sha256, context=split)
@@ -72,8 +74,7 @@ def train(
                 summary = finish(config, state, data, tokenizer, out, reports)
                 tracker.set_tags({MODEL_TAG: sha256_file(out / "model.safetensors")})
                 tracker.log_artifact(reports)
-            for saved in folder.glob("state-*"):
-                shutil.rmtree(saved)
+            clear_states(folder)
             return summary
     except Timeout:
         raise ValueError(f"another process is training with these settings (it holds {folder / 'lock'})") from None

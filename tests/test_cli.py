@@ -1,0 +1,83 @@
+"""Exit codes and the one line on stderr, in real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEADER = """
+import signal, sys
+from smallgpt.cli import DeviceError, MismatchError, StoppedError, run
+def main():
+"""
+
+
+def start(body: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """Run `main`, whose body is given, in a process of its own."""
+    command = [sys.executable, "-c", f"{HEADER}    {body}\nrun(main)\n"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("print('done')", 0, ""),
+        ("return 0", 0, ""),
+        ("return 5", 5, ""),
+        ("raise FloatingPointError('the loss is nan')", 1, "error: the loss is nan\n"),
+        ("raise ValueError('batch_size is 0')", 2, "error: batch_size is 0\n"),
+        ("raise FileNotFoundError('x.txt does not exist')", 2, "error: x.txt does not exist\n"),
+        ("open('/no/such/file')", 2, "error: [Errno 2] No such file or directory: '/no/such/file'\n"),
+        (
+            "raise PermissionError(13, 'Permission denied', 'models')",
+            2,
+            "error: models: permission denied; give this user access to it or name another place\n",
+        ),
+        ("raise MismatchError('another hash')", 3, "error: another hash\n"),
+        ("raise DeviceError('no CUDA')", 4, "error: no CUDA\n"),
+        ("raise StoppedError('stopped by SIGINT', signal.SIGINT)", 130, "error: stopped by SIGINT\n"),
+        ("raise StoppedError('stopped by SIGTERM', signal.SIGTERM)", 143, "error: stopped by SIGTERM\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("sys.exit(2)", 2, ""),
+        ("import logging; logging.getLogger('smallgpt.x').info('read 3 files')", 0, "read 3 files\n"),
+    ],
+)
+def test_exit_code_and_message(body: str, code: int, stderr: str) -> None:
+    process = start(body)
+    assert process.communicate() == ("done\n" if "done" in body else "", stderr)
+    assert process.returncode == code
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    process = start("raise RuntimeError('a bug')")
+    stderr = process.communicate()[1]
+    assert process.returncode == 1
+    assert stderr.startswith("Traceback")
+    assert stderr.endswith("RuntimeError: a bug\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("for _ in range(100_000): print('a line of text')", 141, ""),  # breaks while it writes
+        ("import time; time.sleep(0.5); print('text')", 141, ""),  # breaks in the last flush
+        (
+            "import time; print('text'); time.sleep(0.5); raise MismatchError('another hash')",
+            3,
+            "error: another hash\n",
+        ),
+    ],
+)
+def test_closed_pipe_is_quiet(body: str, code: int, stderr: str) -> None:
+    reader, writer = os.pipe()
+    process = start(body, stdout=writer)
+    os.close(writer)
+    if "range" in body:
+        assert os.read(reader, 1) == b"a"  # what `| head -c 1` takes
+    os.close(reader)
+    assert process.communicate()[1] == stderr
+    assert process.returncode == code  # 141 is what a shell shows for SIGPIPE

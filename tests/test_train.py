@@ -1,0 +1,475 @@
+"""Training as a whole: the same bytes after every kind of interruption, and refusals that change nothing."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_run import (
+    SEQ_LEN,
+    Watcher,
+    chain,
+    configure,
+    contents,
+    same,
+    start,
+    streams,
+    token_file,
+    write_project,
+    write_tokens,
+)
+
+from smallgpt import GPTTrainer, SmallGPT, cli
+from smallgpt.cli import DeviceError, MismatchError, StoppedError
+from smallgpt.config import Config
+from smallgpt.score import score_stream
+from smallgpt.tokenizer import Tokenizer, train_tokenizer
+from smallgpt.tokens import TokenFile
+from smallgpt.train import main, pick_device, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT = "".join(
+    f"{name} {verb} the {thing}.\n"
+    for name in ("Ann", "Ben", "Zoë")
+    for verb in ("saw", "lost")
+    for thing in "abcdefgh"
+)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    write_tokens(folder, tokenizer)
+    return folder
+
+
+class Runner:
+    """Trains below `folder` on the same tokens again and again; `outs` are the bytes of all that a training wrote."""
+
+    def __init__(self, folder: Path, tokens: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.tokens, self.tokenizer, self.monkeypatch = folder, tokens, tokenizer, monkeypatch
+
+    def __call__(self, config: Config, *, at: int = 0, call: Callable[[], None] | None = None, **options: Any) -> Any:
+        """Train; `call` is called in the middle of step `at`."""
+
+        def watch(metrics: dict[str, float], step: int) -> None:
+            if call and step == at and "train/loss" in metrics:
+                call()
+
+        self.monkeypatch.setattr("smallgpt.train.Tracker", lambda: Watcher(watch))
+        folders = {"out": self.folder / "gpt", "reports": self.folder / "reports", "work": self.folder / "work"}
+        return train(config, self.tokenizer, tokens=options.get("tokens", self.tokens), track=False, **folders)
+
+    @property
+    def outs(self) -> dict[str, bytes]:
+        return contents(self.folder / "gpt", self.folder / "reports")
+
+    def states(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "work").glob("*/*state-*"))
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+@pytest.fixture
+def runner(tmp_path: Path, tokens: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    return Runner(tmp_path / "run", tokens, tokenizer, monkeypatch)
+
+
+def send(signum: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signum)
+
+
+def power_cut() -> None:
+    raise RuntimeError("power cut")
+
+
+NOISE = {"dropout": 0.2}  # on embeddings and residuals
+RECIPES = {
+    "adamw": configure(NOISE, ema_decay=0.9),
+    "adamw, accumulation": configure(NOISE, ema_decay=0.9, gradient_accumulation_steps=2, batch_size=2),
+    "muon": configure({"architecture": "llama", **NOISE}, ema_decay=0.9, optimizer="muon"),
+    "muon, accumulation, bf16": configure(
+        {"architecture": "llama", "num_kv_heads": 1, **NOISE},
+        optimizer="muon",
+        gradient_accumulation_steps=3,
+        batch_size=2,
+        precision="bf16",
+    ),
+    "fp16": configure(NOISE, precision="fp16", optimizer="muon"),
+}
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_stopped_and_resumed_is_the_same_to_the_bit(runner: Runner, recipe: str) -> None:
+    config = RECIPES[recipe]
+    runner(config)
+    expected = runner.outs
+    assert len(expected) == 7
+    # 12 windows are an epoch; a step takes 4 of them (6 with three passes): step 3 (4) ends one, step 5 is inside one.
+    for stops in ([1], [3], [2, 5], [8]) if recipe == "adamw" else ([3], [4, 5]):
+        runner.clear()
+        for step in stops:
+            with pytest.raises(StoppedError, match=f"after step {step};"):
+                runner(config, at=step, call=send(signal.SIGTERM))
+            assert runner.outs == {}
+        runner(config)
+        assert runner.outs == expected, stops
+    assert runner.states() == []
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "muon"])
+@pytest.mark.parametrize("step", [1, 4, 5, 7])
+def test_a_crash_goes_on_from_the_last_state(runner: Runner, recipe: str, step: int) -> None:
+    config = RECIPES[recipe]
+    runner(config)
+    expected = runner.outs
+    runner.clear()
+    with pytest.raises(RuntimeError, match="power cut"):
+        runner(config, at=step, call=power_cut)
+    assert runner.states()[-1:] == [f"state-{(step - 1) // 2 * 2:09d}"][: step > 2]
+    runner(config)
+    assert runner.outs == expected
+
+
+def test_other_settings_give_other_bytes(runner: Runner) -> None:
+    """The guard of the two tests before: they would also pass if all trainings were the same."""
+    weights = []
+    for config in (configure(), configure(seed=2), configure(max_steps=7), configure(NOISE), configure(ema_decay=0.9)):
+        runner(config)
+        weights.append(runner.outs["gpt/last.safetensors"])
+    assert len(set(weights)) == 5
+
+
+def test_a_damaged_newest_state_gives_the_same_bytes(runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    config = RECIPES["adamw"]
+    runner(config)
+    expected = runner.outs
+    runner.clear()
+    with pytest.raises(StoppedError):
+        runner(config, at=7, call=send(signal.SIGTERM))
+    assert runner.states() == ["state-000000006", "state-000000007"]
+    newest = next((runner.folder / "work").glob("*/state-000000007")) / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    runner(config)
+    assert "state-000000007 is damaged and left aside" in caplog.text
+    assert runner.outs == expected
+
+
+def test_changed_settings_never_take_up_an_old_state(runner: Runner) -> None:
+    runner(configure(seed=2))
+    expected = runner.outs
+    runner.clear()
+    with pytest.raises(StoppedError):
+        runner(configure(seed=1), at=4, call=send(signal.SIGTERM))
+    runner(configure(seed=2))
+    assert runner.outs == expected
+    assert runner.states() == ["state-000000002", "state-000000004"]  # they wait for the settings to come back
+
+
+def test_resume_never_starts_anew(runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    runner(configure())
+    expected = runner.outs
+    runner.clear()
+    with pytest.raises(StoppedError):
+        runner(configure(), at=7, call=send(signal.SIGTERM))
+    with pytest.raises(StoppedError):
+        runner(configure(resume="never"), at=3, call=send(signal.SIGTERM))
+    assert runner.states() == ["state-000000002", "state-000000003"]  # older ones with higher numbers are gone
+    assert "resumed" not in caplog.text
+    runner(configure())
+    assert "resumed after step 3" in caplog.text
+    assert runner.outs == expected
+
+
+def test_checkpoint_interval_does_not_change_the_result(runner: Runner) -> None:
+    runner(RECIPES["adamw"])
+    expected = runner.outs
+    runner(RECIPES["adamw"].model_copy(update={"training": configure(ema_decay=0.9, checkpoint_interval=7).training}))
+    assert runner.outs == expected
+
+
+def test_outs_of_a_training(runner: Runner, tokenizer: Tokenizer) -> None:
+    data = streams()
+    config = configure(max_steps=60, eval_interval=5, learning_rate=0.02, weight_decay=0.0)
+    summary = runner(config)
+    assert sorted(runner.outs) == [
+        "gpt/config.json",
+        "gpt/last.safetensors",
+        "gpt/model.safetensors",
+        "gpt/tokenizer.model",
+        "reports/summary.json",
+        "reports/train.csv",
+        "reports/valid.csv",
+    ]
+    assert json.loads(runner.outs["reports/summary.json"]) == summary
+    curve = [line.split(",") for line in runner.outs["reports/valid.csv"].decode().splitlines()[1:]]
+    best_step, best_loss = min(((int(step), float(loss)) for step, loss in curve), key=lambda row: row[1])
+    assert summary == {
+        "parameters": 320 * 32 + 16 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32,
+        "steps": 60,
+        "tokens_seen": 60 * 4 * SEQ_LEN,
+        "epochs": 60 * 4 / 13,
+        "train": {"loss": summary["train"]["loss"]},
+        "valid": {"loss": float(curve[-1][1]), "best_loss": best_loss, "best_step": best_step},
+    }
+    values = json.loads(runner.outs["gpt/config.json"])
+    assert values["model"] == config.model.model_dump()
+    assert values["tokenizer_sha256"] == tokenizer.sha256
+    assert values["data_sha256"] == {split: data[split].sha256 for split in ("train", "valid")}
+    assert (values["step"], values["last_step"]) == (best_step, 60)
+    train_rows = runner.outs["reports/train.csv"].decode().splitlines()
+    assert train_rows[0] == "step,loss,learning_rate,gradient_norm"
+    assert [int(line.split(",")[0]) for line in train_rows[1:]] == list(range(1, 61))
+    # The weights on disk have the losses that the reports say.
+    for name, loss in (("model.safetensors", best_loss), ("last.safetensors", float(curve[-1][1]))):
+        model = SmallGPT.from_pretrained(runner.folder / "gpt", weights=name)
+        scores = score_stream(model, data["valid"].ids, context=SEQ_LEN, stride=SEQ_LEN, batch_size=4)
+        assert float(scores.nats.mean()) == loss
+    # Nothing of the machine or the moment is in them, and speed is kept in the work folder.
+    assert not any(b"second" in content or str(runner.folder).encode() in content for content in runner.outs.values())
+    assert len(next((runner.folder / "work").glob("*/speed.csv")).read_text().splitlines()) == 61
+
+
+def test_two_processes_give_the_same_bytes(tmp_path: Path, runner: Runner, tokenizer: Tokenizer) -> None:
+    config = RECIPES["muon"]
+    write_project(tmp_path / "project", config, tokenizer)
+    process = start(tmp_path / "project")
+    runner(config)
+    assert process.communicate()[1] == ""
+    project = tmp_path / "project"
+    assert contents(project / "models" / "gpt") == contents(runner.folder / "gpt")
+    assert {Path(name).name: data for name, data in contents(project / "reports" / "train").items()} == {
+        Path(name).name: data for name, data in contents(runner.folder / "reports").items()
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_bytes_compiled(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shape = {"architecture": "llama", "num_layers": 1, **NOISE}
+    config = configure(shape, compile=True, precision="bf16", optimizer="muon", threads=2)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        write_project(folder, config, tokenizer)
+        # Each compiles for itself.
+        process = start(folder, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
+        assert process.communicate()[1] == ""
+    one, two = (contents(folder / "models" / "gpt", folder / "reports" / "train") for folder in folders)
+    assert one == two
+    assert len(list((tmp_path / "one" / "cache").rglob("*.so"))) > 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def steps_done(folder: Path) -> int:
+    return sum(len(path.read_text().splitlines()) - 1 for path in folder.rglob("speed.csv"))
+
+
+@pytest.mark.slow
+def test_signals_and_the_lock_in_real_processes(tmp_path: Path, tokenizer: Tokenizer, runner: Runner) -> None:
+    config = configure(NOISE, max_steps=1000, eval_interval=250, checkpoint_interval=400)
+    project = tmp_path / "project"
+    write_project(project, config, tokenizer)
+    (project / "models" / "gpt").mkdir()
+    (project / "models" / "gpt" / "model.safetensors").write_text("from before")
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start(project)
+        before = steps_done(project)
+        wait_for(lambda before=before: steps_done(project) > before + 5, process)  # type: ignore[misc]
+        folders = {"out": tmp_path / "gpt", "reports": tmp_path / "reports", "work": project / ".smallgpt" / "train"}
+        with pytest.raises(ValueError, match=r"^another process is training with these settings \(it holds .*lock\)$"):
+            train(config, tokenizer, tokens=project / "data" / "tokens", track=False, **folders)
+        process.send_signal(signum)
+        lines = process.communicate()[1].splitlines()
+        assert lines[-1].startswith(f"error: stopped by {signal.Signals(signum).name} after step ")
+        assert process.returncode == code
+        assert contents(project / "models" / "gpt") == {"gpt/model.safetensors": b"from before"}
+        assert not (project / "reports").exists()
+    assert lines[0].startswith("resumed after step ")
+    process = start(project)
+    assert process.communicate()[1].startswith("resumed after step ")
+    assert process.returncode == 0
+    runner(config)
+    assert contents(project / "models" / "gpt") == contents(runner.folder / "gpt")
+    assert (project / "reports" / "train" / "train.csv").read_bytes() == runner.outs["reports/train.csv"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path, tokenizer: Tokenizer, runner: Runner) -> None:
+    config = configure({"architecture": "llama", **NOISE}, max_steps=150, checkpoint_interval=1, ema_decay=0.9)
+    project = tmp_path / "project"
+    write_project(project, config, tokenizer)
+    for _ in range(5):
+        process = start(project)
+        before = steps_done(project)
+        wait_for(lambda before=before: steps_done(project) > before, process)  # type: ignore[misc]
+        time.sleep(random.uniform(0, 0.15))
+        process.kill()
+        process.wait()
+        assert not (project / "models" / "gpt").exists()
+    process = start(project)
+    assert process.communicate()[1].startswith("resumed after step ")
+    assert process.returncode == 0
+    runner(config)
+    assert contents(project / "models" / "gpt") == contents(runner.folder / "gpt")
+    assert (project / "reports" / "train" / "train.csv").read_bytes() == runner.outs["reports/train.csv"]
+    assert list(project.rglob("*state-*")) == []
+
+
+def test_a_loss_that_is_not_finite_leaves_earlier_outs_whole(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner(configure())
+    before = runner.outs
+    for settings in ({"max_steps": 5, "eval_interval": 100}, {"max_steps": 1}):
+        config = configure(learning_rate=1e20, warmup_steps=0, **settings)
+        with pytest.raises(SystemExit) as caught:
+            cli.run(lambda config=config: runner(config) and 0)  # type: ignore[misc]
+        assert caught.value.code == 1
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("error: step ")
+        assert "Lower training.learning_rate" in stderr
+        assert stderr.count("\n") == 1
+    assert runner.outs == before
+
+
+def with_files(runner: Runner, folder: Path, data: dict[str, TokenFile]) -> Any:
+    write_tokens(folder, runner.tokenizer, data)
+    return runner(configure(), tokens=folder)
+
+
+def test_refusals(runner: Runner, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = streams()
+    ids = chain(3, 100)
+    ids[50] = 320
+    with pytest.raises(MismatchError, match=r"^the valid tokens go up to id 320; model\.vocab_size is 320$"):
+        with_files(runner, tmp_path / "ids", data | {"valid": token_file(ids)})
+    with pytest.raises(ValueError, match=r"has 31 tokens; sequences of 16 need at least 32: take .* to at most 15$"):
+        with_files(runner, tmp_path / "short", data | {"train": token_file(chain(3, 31))})
+    with_files(runner, tmp_path / "enough", data | {"train": token_file(chain(3, 32))})
+    before = runner.outs
+    (tmp_path / "enough" / "valid.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"valid\.bin does not exist; the tokenize stage writes it"):
+        runner(configure(), tokens=tmp_path / "enough")
+    other = Tokenizer(train_tokenizer([TEXT], vocab_size=300))
+    runner.tokenizer = other
+    with pytest.raises(MismatchError, match=r"^the train tokens were written by another tokenizer; run the tokenize s"):
+        runner(configure())
+    assert runner.outs == before
+    assert tokenizer.sha256 != other.sha256
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_that_is_not_there(runner: Runner) -> None:
+    with pytest.raises(DeviceError, match=r"^training\.device is cuda, but PyTorch sees no CUDA device; use auto or c"):
+        runner(configure(device="cuda"))
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+
+
+def trainer_sections(**training: Any) -> dict[str, Any]:
+    config = configure({"vocab_size": 290, "max_seq_len": 32}, **training)
+    return {
+        "prepare": {"valid_fraction": 0.2, "test_fraction": 0.0},
+        **config.model_dump(include={"model", "training"}),
+    }
+
+
+def test_trainer_in_one_call(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    sections = trainer_sections(max_steps=40, learning_rate=0.01)
+    model = GPTTrainer(sections, work=tmp_path / "work").train(tmp_path / "corpus.txt")
+    assert not model.training
+    text = model.generate("Ann ", max_length=20, temperature=0)
+    assert text.startswith("Ann ")
+    assert len(text) > 8
+    folders = ("gpt", "prepared", "reports", "state", "tokenizer", "tokens")
+    assert tuple(sorted(path.name for path in (tmp_path / "work").iterdir())) == folders
+    # A parameter file and a Config give the same bytes as the dict.
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(sections))
+    GPTTrainer(str(tmp_path / "params.yaml"), work=tmp_path / "again").train(str(tmp_path / "corpus.txt"))
+    assert contents(tmp_path / "again" / "gpt") == contents(tmp_path / "work" / "gpt")
+
+
+def test_trainer_refuses_a_wrong_dict() -> None:
+    with pytest.raises(ValueError, match=r"^the configuration: unknown parameter model\.heads; did you mean num_heads"):
+        GPTTrainer({"model": {"heads": 3}})
+
+
+def test_trainer_in_a_thread(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    models: list[SmallGPT] = []
+    trainer = GPTTrainer(trainer_sections(), work=tmp_path / "work")
+    thread = threading.Thread(target=lambda: models.append(trainer.train(tmp_path / "corpus.txt")))
+    thread.start()
+    thread.join()
+    assert models[0].config.vocab_size == 290
+
+
+def test_trainer_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    whole = GPTTrainer(trainer_sections(), work=tmp_path / "whole").train(tmp_path / "corpus.txt")
+    stopped = GPTTrainer(trainer_sections(), work=tmp_path / "stopped")
+    monkeypatch.setattr(
+        "smallgpt.train.Tracker", lambda: Watcher(lambda metrics, step: send(signal.SIGINT)() if step == 5 else None)
+    )
+    with pytest.raises(StoppedError):
+        stopped.train(tmp_path / "corpus.txt")
+    monkeypatch.undo()
+    model = stopped.train(tmp_path / "corpus.txt")
+    assert same(model.state_dict(), whole.state_dict())
+    assert contents(tmp_path / "stopped" / "gpt") == contents(tmp_path / "whole" / "gpt")
+
+
+def test_tracking_can_be_turned_off(tokens: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SMALLGPT_TRACKING", "off")
+    monkeypatch.chdir(tmp_path)
+    folders = {"out": Path("gpt"), "reports": Path("reports"), "work": Path("work")}
+    train(configure(max_steps=2), tokenizer, tokens=tokens, **folders)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "reports", "work"]
+
+
+def test_command_line_refuses_to_resume_nothing(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    (tmp_path / "work").mkdir()
+    arguments = ["--data", str(tmp_path / "corpus.txt"), "--resume", str(tmp_path / "work")]
+    with pytest.raises(FileNotFoundError, match=r"work holds no training that was stopped; use --out to start one"):
+        main(arguments)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_command_line_stopped_and_resumed(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(trainer_sections(max_steps=600, eval_interval=200)))
+    arguments = ["--config", "small.yaml", "--data", "corpus.txt"]
+    process = start(tmp_path, "smallgpt.train", *arguments, "--out", "stopped")
+    wait_for(lambda: steps_done(tmp_path) > 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate()[1].splitlines()[-1].startswith("error: stopped by SIGTERM after step ")
+    assert process.returncode == 143
+    process = start(tmp_path, "smallgpt.train", *arguments, "--resume", "stopped")
+    stderr = process.communicate()[1]
+    assert process.returncode == 0
+    assert "resumed after step " in stderr
+    assert stderr.splitlines()[-1].endswith("parameters, trained; the model is in stopped/gpt")
+    config = trainer_sections(max_steps=600, eval_interval=200)
+    GPTTrainer(config, work=tmp_path / "whole").train(tmp_path / "corpus.txt")
+    assert contents(tmp_path / "stopped" / "gpt") == contents(tmp_path / "whole" / "gpt")
+    process = start(tmp_path, "smallgpt.train", "--config", "small.yaml", "--data", "none.txt")
+    assert process.communicate()[1].startswith("error: prepare.source is none.txt: no such file or folder")
+    assert process.returncode == 2
