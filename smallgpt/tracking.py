@@ -216,8 +216,9 @@ def tracking_uri() -> str:
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     here = Path.cwd()
-    roots = (folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir() or (folder / ".git").exists())
-    return f"sqlite:///{Path(os.environ.get('DVC_ROOT') or next(roots, here)).absolute().as_posix()}/mlflow.db"
+    # os.path, which takes a folder that this user may not read for none; .git is a file in a worktree.
+    found = (folder for folder in (here, *here.parents) if any(map(os.path.exists, (folder / ".dvc", folder / ".git"))))
+    return f"sqlite:///{Path(os.environ.get('DVC_ROOT') or next(found, here)).absolute().as_posix()}/mlflow.db"
 
 
 def _open_run(uri: str, stage: str, model_sha256: str | None, resume_key: str | None) -> Tracker:

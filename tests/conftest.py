@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from smallgpt.model import SmallGPT
     from smallgpt.tokenizer import Tokenizer
+
+# Tests write no runs into the repository; those that want runs say so.
+os.environ["SMALLGPT_TRACKING"] = "off"
 
 # The same examples on every run, no clock, and no database of examples beside the tests.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)

@@ -160,7 +160,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("git", "init", "-q", cwd=root)
     run("git", "add", "-A", cwd=root)
     run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "start", cwd=root)
-    run("dvc", "repro", cwd=root)
+    run("dvc", "repro", cwd=root, SMALLGPT_TRACKING="on")
     return root
 
 
@@ -170,6 +170,28 @@ def test_second_repro_runs_nothing(project: Path) -> None:
     output = run("dvc", "repro", cwd=project)
     assert "Running stage" not in output
     assert (project / "dvc.lock").read_bytes() == lock
+
+
+@pytest.mark.slow
+def test_runs_are_mirrored_in_mlflow(project: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("smallgpt")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.keys() == set(STAGES)
+    train = runs["train"]
+    curve = client.get_metric_history(train.info.run_id, "train/loss")
+    rows = (project / "reports/train/train.csv").read_text().splitlines()[1:]
+    assert [(point.step, point.value) for point in curve] == [
+        (int(r.split(",")[0]), float(r.split(",")[1])) for r in rows
+    ]
+    assert train.data.params["training.optimizer"] == "muon"
+    for stage in ("evaluate", "export"):
+        assert runs[stage].data.tags["mlflow.parentRunId"] == train.info.run_id
+    bits = json.loads((project / "reports/evaluate/perplexity.json").read_text())["test"]["bits_per_byte"]
+    assert runs["evaluate"].data.metrics["test/bits_per_byte"] == bits
+    assert "perplexity.json" in [file.path for file in client.list_artifacts(runs["evaluate"].info.run_id)]
 
 
 @pytest.mark.slow

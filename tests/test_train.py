@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -58,6 +59,7 @@ class Runner:
 
     def __init__(self, folder: Path, tokens: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.tokens, self.tokenizer, self.monkeypatch = folder, tokens, tokenizer, monkeypatch
+        self.folders = {name: folder / {"out": "gpt"}.get(name, name) for name in ("out", "reports", "work")}
 
     def __call__(self, config: Config, *, at: int = 0, call: Callable[[], None] | None = None, **options: Any) -> Any:
         """Train; `call` is called in the middle of step `at`."""
@@ -67,8 +69,7 @@ class Runner:
                 call()
 
         self.monkeypatch.setattr("smallgpt.train.Tracker", lambda: Watcher(watch))
-        folders = {"out": self.folder / "gpt", "reports": self.folder / "reports", "work": self.folder / "work"}
-        return train(config, self.tokenizer, tokens=options.get("tokens", self.tokens), track=False, **folders)
+        return train(config, self.tokenizer, tokens=options.get("tokens", self.tokens), track=False, **self.folders)
 
     @property
     def outs(self) -> dict[str, bytes]:
@@ -200,10 +201,12 @@ def test_checkpoint_interval_does_not_change_the_result(runner: Runner) -> None:
     assert runner.outs == expected
 
 
-def test_outs_of_a_training(runner: Runner, tokenizer: Tokenizer) -> None:
-    data = streams()
+def test_outs_of_a_training(runner: Runner, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    # On a text with the same ids in an order of its own the loss first falls and then rises.
+    data = streams() | {"valid": token_file(np.random.default_rng(0).permutation(chain(2, 100)))}
+    write_tokens(tmp_path / "tokens", tokenizer, data)
     config = configure(max_steps=60, eval_interval=5, learning_rate=0.02, weight_decay=0.0)
-    summary = runner(config)
+    summary = runner(config, tokens=tmp_path / "tokens")
     assert sorted(runner.outs) == [
         "gpt/config.json",
         "gpt/last.safetensors",
@@ -216,6 +219,7 @@ def test_outs_of_a_training(runner: Runner, tokenizer: Tokenizer) -> None:
     assert json.loads(runner.outs["reports/summary.json"]) == summary
     curve = [line.split(",") for line in runner.outs["reports/valid.csv"].decode().splitlines()[1:]]
     best_step, best_loss = min(((int(step), float(loss)) for step, loss in curve), key=lambda row: row[1])
+    assert 0 < best_step < 60
     assert summary == {
         "parameters": 320 * 32 + 16 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32,
         "steps": 60,
@@ -346,6 +350,18 @@ def test_a_loss_that_is_not_finite_leaves_earlier_outs_whole(
         assert "Lower training.learning_rate" in stderr
         assert stderr.count("\n") == 1
     assert runner.outs == before
+
+
+def test_one_training_at_a_time(runner: Runner) -> None:
+    def second() -> None:
+        runner.monkeypatch.undo()  # this one is not watched
+        with pytest.raises(ValueError, match=r"^another process is training with these settings \(it holds .*lock\)$"):
+            train(configure(), runner.tokenizer, tokens=runner.tokens, track=False, **runner.folders)
+        finished.append(train(configure(seed=2), runner.tokenizer, tokens=runner.tokens, track=False, **runner.folders))
+
+    finished: list[dict[str, Any]] = []
+    runner(configure(), at=4, call=second)
+    assert len(finished) == 1  # other settings are no obstacle
 
 
 def with_files(runner: Runner, folder: Path, data: dict[str, TokenFile]) -> Any:
