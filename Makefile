@@ -16,7 +16,7 @@ help:  ## List the targets
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smallgpt needs Python 3.11 or newer")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	touch $@
 
 repro: .venv/.installed  ## Run the pipeline: corpus, tokenizer, training, evaluation, export
