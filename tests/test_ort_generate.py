@@ -301,10 +301,22 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "fp32"
 
 
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(bundle: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "smallgpt.ort_generate", str(bundle), "-p", "the", "--ignore-eos", "-s", "1"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=environment,
+        # A job that a shell started in the background ignores SIGINT, and so would its children.
+        preexec_fn=heed_interrupts,
+    )
 
 
 def test_control_c_ends_with_130(endless: Path) -> None:

@@ -54,8 +54,10 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An mlflow.db with its tables and the experiment: making one costs seconds, copying it nothing."""
     pytest.importorskip("mlflow")
     folder = tmp_path_factory.mktemp("migrated")
-    os.environ["DVC_ROOT"] = str(folder)
-    start_run("prepare").close()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DVC_ROOT", str(folder))
+        environment.delenv("SMALLGPT_TRACKING", raising=False)
+        start_run("prepare").close()
     return folder / "mlflow.db"
 
 
