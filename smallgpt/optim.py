@@ -1,11 +1,72 @@
 """Optimizers and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from smallgpt.config import TrainingConfig
+
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al. 2024: steep at zero, all values end near 1
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum whose singular values are set to about 1, for the matrices of the blocks.
+
+    Same updates as torch.optim.Muon, faster: equal shapes go through one batched product, and the iteration runs on
+    Gram matrices. In fp32, which is the faster type for these products on a CPU and leaves room for the squared
+    condition number that Gram matrices have.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                gradients = [parameter.grad for parameter in parameters]
+                for parameter in parameters:
+                    if not self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(gradients, buffers, group["momentum"])
+                updates = orthogonalized(torch.stack(nesterov)).to(parameters[0].dtype)
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (N, R, C) with their singular values moved to about 1 by Newton-Schulz steps, fp32.
+
+    Each step multiplies X by a polynomial of G = X X^T, and all those polynomials commute. So the steps only update
+    G and the product Q of the polynomials, both min(R, C) squared, and X is multiplied once at the end.
+    """
+    x = matrices.float()
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    a, b, c = NEWTON_SCHULZ
+    gram = x @ x.mT  # (N, S, S), as all that follow
+    identity = torch.eye(gram.shape[-1], device=x.device)
+    product = None
+    for left in reversed(range(NEWTON_SCHULZ_STEPS)):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        product = polynomial if product is None else polynomial @ product
+        if left:
+            gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x.mT if tall else x
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -42,14 +103,14 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     )
     if not muon:
         return [adamw]
-    return [adamw, torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)]
+    return [adamw, Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)]
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], config: TrainingConfig, step: int) -> float:
     """Set the learning rate of every group for `step` and return AdamW's."""
     factor = learning_rate_factor(step, config)
     for optimizer in optimizers:
-        peak = config.muon_learning_rate if isinstance(optimizer, torch.optim.Muon) else config.learning_rate
+        peak = config.muon_learning_rate if isinstance(optimizer, Muon) else config.learning_rate
         for group in optimizer.param_groups:
             group["lr"] = peak * factor
     return config.learning_rate * factor
