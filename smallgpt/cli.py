@@ -28,6 +28,13 @@ class StoppedError(RuntimeError):
         self.signum = signum
 
 
+def processors() -> int:
+    """Processors this process may use; where the system does not say, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and leave with its exit code; expected errors become one line on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)

@@ -162,6 +162,12 @@ class ExportConfig(Section):
     certificate_tokens: Annotated[int, Field(ge=100)] = 20_000
     threads: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="after")
+    def _variants(self) -> "ExportConfig":
+        if len(set(self.variants)) < len(self.variants):
+            raise ValueError(f"variants is {self.variants}; each may stand there once")
+        return self
+
 
 class Config(Section):
     """All of params.yaml. A missing section or key takes the default written above."""
@@ -207,6 +213,12 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
             if isinstance(value, yaml.ScalarNode) and value.style is None and re.fullmatch(r"[-+]?0\d+", value.value):
                 raise ValueError(f"{line}: {name} is {value.value}, which reads as octal; drop the leading 0")
+            if (
+                isinstance(value, yaml.ScalarNode)
+                and value.style is None
+                and re.fullmatch(r"[-+]?\d+(:\d+)+", value.value)
+            ):
+                raise ValueError(f"{line}: {name} is {value.value}, which reads as a number of base 60; quote it")
         return super().construct_mapping(node, deep)
 
 

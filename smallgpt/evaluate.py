@@ -13,8 +13,8 @@ from smallgpt.decode import stream_text
 from smallgpt.files import to_csv, write_atomic, write_json
 from smallgpt.model import SmallGPT
 from smallgpt.sampling import GenerationConfig
-from smallgpt.score import Scores, score_stream, summarize
-from smallgpt.tokens import TokenFile, count_words
+from smallgpt.score import Scores, count_words, score_stream, summarize
+from smallgpt.tokens import TokenFile
 
 LEAK_NATS = 25.0  # further below the floor than this happens by chance with probability e^-25
 LOGITS_AT_ONCE = 2**26  # numbers; bounds the memory of one batch

@@ -61,9 +61,9 @@ def loop(config: Config, state: TrainState, data: dict[str, TokenFile], folder: 
                     save_state(folder, state)
             if stopped:
                 name = signal.Signals(stopped[0]).name
-                raise StoppedError(
-                    f"stopped by {name} after step {step}; the same command goes on from there", stopped[0]
-                )
+                goes_on = settings.resume == "auto"
+                rest = "the same command goes on from there" if goes_on else "with resume: never it starts anew"
+                raise StoppedError(f"stopped by {name} after step {step}; {rest}", stopped[0])
 
 
 def train_step(
@@ -122,12 +122,14 @@ def compiled(model: SmallGPT, config: Config) -> Callable[[Tensor, Tensor], Tens
     model.train()
     if settings.compile is False:
         return loss_function
-    if settings.compile == "auto":
-        if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-            log.info("training is not compiled: no C++ compiler found (install g++ to train faster)")
-            return loss_function
-        if settings.max_steps < 200:
-            return loss_function  # compiling takes longer than it saves
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+    if not compiler and settings.compile is True:
+        raise ValueError("training.compile is true, but no C++ compiler was found; install g++ or set compile to auto")
+    if not compiler:
+        log.info("training is not compiled: no C++ compiler found (install g++ to train faster)")
+        return loss_function
+    if settings.compile == "auto" and settings.max_steps < 200:
+        return loss_function  # compiling takes longer than it saves
     return torch.compile(loss_function)
 
 
@@ -205,7 +207,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def handler(signum: int, frame: FrameType | None) -> None:
         if received:
-            signal.default_int_handler(signum, frame)
+            raise StoppedError(f"stopped at once by a second {signal.Signals(signum).name}", signum)
         received.append(signum)
 
     if threading.current_thread() is not threading.main_thread():

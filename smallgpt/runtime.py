@@ -1,19 +1,22 @@
 """A bundle at work: ONNX Runtime with everything bound once.
 
-Inputs, logits and the cache are arrays that are allocated and bound when a batch starts; a step writes a few numbers
-into them and runs. Prompts of a batch are padded on the right and share one prefill, then every step adds a token to
-each sequence; several tokens on top of a past are possible for a single sequence only (GroupQueryAttention's rule).
+The cache has rows, one for each sequence in work, and every call runs on a contiguous range of them. Inputs, logits
+and the cache are arrays that are allocated and bound once for each shape of a call; a step writes a few numbers into
+them and runs. Prompts that start together are padded on the right and share one prefill; several tokens on top of a
+past are possible for a single sequence only (GroupQueryAttention's rule).
 """
 
 import base64
 import contextlib
+import copy
 import ctypes
 import io
 import logging
-import os
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import numpy as np
 import onnxruntime
 
 from smallgpt.bundle import CERTIFICATE, Bundle, load_bundle
-from smallgpt.cli import DeviceError, MismatchError
+from smallgpt.cli import DeviceError, MismatchError, processors
 from smallgpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ class OrtGPT:
 
     Args:
         bundle: the folder.
-        device: "cpu", "cuda", or "auto": CUDA where the bundle and the machine have it.
+        device: "cpu", "cuda", "cuda:N" for the N-th GPU, or "auto": CUDA where the bundle and the machine have it.
         threads: 0 takes the processors this process may use, at most 8.
         verify: compare the sha256 of every file first.
 
@@ -53,46 +56,87 @@ class OrtGPT:
 
     def __init__(self, bundle: str | Path, *, device: str = "auto", threads: int = 0, verify: bool = True) -> None:
         self.bundle = load_bundle(bundle, verify=verify)
-        self.session, self.device = _open_session(self.bundle, device, threads)
+        kind, _, number = device.partition(":")
+        self.device_number = int(number or 0)
+        self.session, self.device = _open_session(self.bundle, kind, self.device_number, threads)
         self.tokenizer = Tokenizer.load(self.bundle.tokenizer)
         self.max_seq_len: int = self.bundle.config.model["max_seq_len"]
         self.vocab_size: int = self.bundle.config.model["vocab_size"]
         names = [value.name for value in self.session.get_inputs()]
         if names != self.bundle.config.inputs or self.tokenizer.vocab_size != self.vocab_size:
             raise MismatchError(f"{self.bundle.folder}: graph, tokenizer and config.json do not belong together")
-        self.lengths = np.zeros(0, np.int64)  # (B,) tokens in the cache
+        self.lengths = np.zeros(0, np.int64)  # (R,) tokens in the cache of each row
         self.capacity = 0
-        self._cache: dict[str, Any] = {}  # OrtValues by the names of the inputs
-        self._cache_shape: tuple[int, ...] = ()
-        self._decode: _Call | None = None
+        self._cache: list[Any] = []  # OrtValues (R, kv_heads, capacity, head_dim): keys and values of every layer
+        self._block = np.zeros(0)  # on the CPU the memory of all of them, one more dimension in front
+        self._calls: dict[tuple[int, int, int, int], _Call] = {}
+
+    def fork(self) -> "OrtGPT":
+        """The same model with rows of its own; weights and session are shared."""
+        other = copy.copy(self)
+        other.lengths, other.capacity = np.zeros(0, np.int64), 0
+        other._cache, other._block, other._calls = [], np.zeros(0), {}
+        return other
+
+    def reserve(self, rows: int, capacity: int | None = None) -> None:
+        """Make room for `rows` sequences of `capacity` tokens, max_seq_len by default; all rows are empty then."""
+        capacity = self.max_seq_len if capacity is None else capacity
+        if not 1 <= capacity <= self.max_seq_len:
+            raise ValueError(f"{capacity} tokens do not fit into the context of {self.max_seq_len}")
+        if (len(self.lengths), self.capacity) == (rows, capacity):
+            self.lengths[:] = 0
+            return
+        self.lengths, self.capacity, self._calls = np.zeros(rows, np.int64), capacity, {}
+        model, dtype = self.bundle.config.model, np.dtype(self.bundle.config.dtype)
+        shape = (2 * model["num_layers"], rows, model["num_kv_heads"], capacity, model["head_dim"])
+        if self.device == "cuda":
+            make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+            self._cache = [make(shape[1:], dtype, "cuda", self.device_number) for _ in range(shape[0])]
+        else:
+            self._block = np.zeros(shape, dtype)
+            self._cache = [_share(array) for array in self._block]
 
     def prefill(self, ids: np.ndarray, lengths: np.ndarray | None = None, *, capacity: int | None = None) -> np.ndarray:
-        """Start B sequences with prompts `ids` (B, S), padded on the right; return the logits after each, (B, V).
+        """`reserve` a row for each of the prompts `ids` (B, S) and `fill` them; the logits after each, (B, V)."""
+        self.reserve(len(ids), capacity)
+        return self.fill(0, ids, lengths)
 
-        `lengths` (B,) are the prompts' own lengths, S for all by default; `capacity` tokens are reserved for each
-        sequence, max_seq_len by default. The result is overwritten by the next call. Raises ValueError for an empty
-        prompt and for one that does not fit.
+    def fill(self, first: int, ids: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
+        """Start the rows from `first` on with prompts `ids` (B, S), padded on the right; logits after each, (B, V).
+
+        `lengths` (B,) are the prompts' own lengths, S for all by default. The result is overwritten by the next
+        call. Raises ValueError for an empty prompt and for one that does not fit.
         """
         batch, tokens = ids.shape
         lengths = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
         if lengths.min() < 1 or lengths.max() > tokens:
             raise ValueError(f"lengths are {lengths.tolist()}; each must be between 1 and {tokens}")
-        self._start(batch, capacity)
-        return self._run(ids, lengths, np.arange(batch) * tokens + lengths - 1)
+        self.lengths[first : first + batch] = 0
+        return self._run(first, ids, lengths, np.arange(batch) * tokens + lengths - 1)
+
+    def extend(self, row: int, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Add tokens (S,) to one sequence; the logits after each, (S, V), until the next call.
+
+        Set `lengths[row]` to a smaller number to take tokens back.
+        """
+        ids = np.asarray(ids, np.int64)
+        return self._run(row, ids[None], self.lengths[row : row + 1] + len(ids), np.arange(len(ids)))
 
     def step(self, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
-        """Add one token to every sequence, `tokens` (B,); return the logits after it, (B, V), until the next call.
+        """Add one token to each of the first B rows, `tokens` (B,); logits after it, (B, V), until the next call.
 
         A sequence that is not `active` (B,) is not lengthened; its logits mean nothing. Raises ValueError when an
         active sequence is full.
         """
-        active = np.ones(len(self.lengths), bool) if active is None else active
-        if (self.lengths[active] >= self.capacity).any():
+        batch = len(tokens)
+        lengths = self.lengths[:batch]
+        active = np.ones(batch, bool) if active is None else active
+        if (lengths[active] >= self.capacity).any():
             raise ValueError(f"{self.capacity + 1} tokens do not fit into the context of {self.capacity}")
-        call = self._decode = self._decode or self._bind(len(self.lengths), 1, len(self.lengths))
-        past = np.minimum(self.lengths, self.capacity - 1)  # a finished and full sequence rewrites its last token
+        call = self._call(0, batch, 1, batch)
+        past = np.minimum(lengths, self.capacity - 1)  # a finished and full sequence rewrites its last token
         self._execute(call, tokens[:, None], past[:, None], past + 1)
-        self.lengths += active
+        lengths += active
         return call.logits
 
     def logits(self, ids: Sequence[int] | np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
@@ -101,42 +145,43 @@ class OrtGPT:
         Ends the sequences in work. Raises ValueError when `ids` is empty or does not fit into the context.
         """
         ids = np.asarray(ids, np.int64)
-        self._start(1, len(ids))
-        result = np.empty((len(ids), self.vocab_size), np.float32)
-        for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
-            lengths = np.array([end])
-            result[start:end] = self._run(ids[None, start:end], lengths, np.arange(end - start))
-        return result
+        self.reserve(1, len(ids))
+        return np.concatenate([self.extend(0, ids[a:b]) for a, b in pairwise([0, *cuts, len(ids)])])
 
-    def _start(self, batch: int, capacity: int | None) -> None:
-        """Reserve the cache of a new batch: one block for all layers."""
-        capacity = self.max_seq_len if capacity is None else capacity
-        if not 1 <= capacity <= self.max_seq_len:
-            raise ValueError(f"{capacity} tokens do not fit into the context of {self.max_seq_len}")
-        self.lengths = np.zeros(batch, np.int64)
-        model, dtype = self.bundle.config.model, np.dtype(self.bundle.config.dtype)
-        shape = (2 * model["num_layers"], batch, model["num_kv_heads"], capacity, model["head_dim"])
-        if shape == self._cache_shape:
+    def select(self, sources: Sequence[int]) -> None:
+        """Let row i hold what row `sources[i]` held."""
+        moved = [i for i, source in enumerate(sources) if i != source]
+        if not moved:
             return
-        names = [name for name in self.bundle.config.inputs if name.startswith("past_key_values.")]
-        if self.device == "cuda":
-            make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-            self._cache = {name: make(shape[1:], dtype, "cuda", 0) for name in names}
-        else:
-            block = np.zeros(shape, dtype)
-            self._cache = {name: _share(array) for name, array in zip(names, block, strict=True)}
-        self._cache_shape, self.capacity, self._decode = shape, capacity, None
+        rows = [sources[i] for i in moved]
+        self.lengths[moved] = self.lengths[rows]
+        longest = int(self.lengths[moved].max())
+        if self.device == "cpu":
+            self._block[:, moved, :, :longest] = self._block[:, rows, :, :longest]
+            return
+        for value in self._cache:
+            array = value.numpy()
+            array[moved] = array[rows]
+            value.update_inplace(array)
 
-    def _run(self, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """Feed `ids` (B, S) so that the sequences have `lengths` (B,) tokens; logits of the rows `wanted` (N,)."""
-        tokens = ids.shape[1]
+    def _run(self, first: int, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Feed `ids` (B, S) so that the rows have `lengths` (B,) tokens; logits of the positions `wanted` (N,)."""
+        batch, tokens = ids.shape
         if lengths.max() > self.capacity or tokens > self.capacity:
             raise ValueError(f"{max(lengths.max(), tokens)} tokens do not fit into the context of {self.capacity}")
-        call = self._bind(len(ids), tokens, len(wanted))
+        call = self._call(first, batch, tokens, len(wanted))
         call.arrays["logit_index"][:] = wanted
-        self._execute(call, ids, self.lengths[:, None] + np.arange(tokens), lengths)
-        self.lengths[:] = lengths
+        rows = self.lengths[first : first + batch]
+        self._execute(call, ids, rows[:, None] + np.arange(tokens), lengths)
+        rows[:] = lengths
         return call.logits
+
+    def _call(self, *shape: int) -> _Call:
+        """The binding for (first row, batch, tokens, wanted logits); those of short calls are kept."""
+        call = self._calls.get(shape) or self._bind(*shape)
+        if shape[2] <= 16:
+            self._calls[shape] = call
+        return call
 
     def _execute(self, call: _Call, ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> None:
         arrays = call.arrays
@@ -150,7 +195,7 @@ class OrtGPT:
             value.update_inplace(array)
         self.session.run_with_iobinding(call.binding)
 
-    def _bind(self, batch: int, tokens: int, wanted: int) -> _Call:
+    def _bind(self, first: int, batch: int, tokens: int, wanted: int) -> _Call:
         binding = self.session.io_binding()
         arrays: dict[str, np.ndarray] = {
             "input_ids": np.zeros((batch, tokens), np.int64),
@@ -164,15 +209,24 @@ class OrtGPT:
         for name, array in arrays.items():
             # GroupQueryAttention reads total_sequence_length on the host.
             on_host = self.device == "cpu" or name == "total_sequence_length"
-            value = _share(array) if on_host else onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+            value = _share(array) if on_host else self._upload(array)
             uploads += [] if on_host else [(value, array)]
             binding.bind_ortvalue_input(name, value)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        # A view of the rows: past and present share the memory from the first of them on.
+        dtype = np.dtype(self.bundle.config.dtype)
+        names = [name for name in self.bundle.config.inputs if name.startswith("past_key_values.")]
+        for name, value in zip(names, self._cache, strict=True):
+            shape = [batch, *value.shape()[1:]]
+            pointer = value.data_ptr() + first * math.prod(shape[1:]) * dtype.itemsize
+            place = (self.device, self.device_number, dtype, shape, pointer)
+            binding.bind_input(name, *place)
+            binding.bind_output(name.replace("past_key_values", "present"), *place)
         logits = np.zeros((wanted, self.vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", _share(logits))
         return _Call(arrays, uploads, logits, binding)
+
+    def _upload(self, array: np.ndarray) -> Any:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", self.device_number)
 
 
 def _share(array: np.ndarray) -> Any:
@@ -205,7 +259,7 @@ def check_golden(model: OrtGPT) -> tuple[int, float]:
     return len(certificate["golden"]), largest
 
 
-def _open_session(bundle: Bundle, device: str, threads: int) -> tuple[Any, str]:
+def _open_session(bundle: Bundle, device: str, number: int, threads: int) -> tuple[Any, str]:
     """Open the graph on a device, and say on which one it really is."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; it must be auto, cpu or cuda")
@@ -215,13 +269,14 @@ def _open_session(bundle: Bundle, device: str, threads: int) -> tuple[Any, str]:
     if device == "cuda" and "cuda" not in devices:
         raise DeviceError(f"{bundle.folder} is a {variant} bundle for {', '.join(devices)}; take exports/fp16 for cuda")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or min(8, _processors())
+    options.intra_op_num_threads = threads or min(8, processors())
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what goes wrong arrives as an exception or is asked for below
     if "cuda" in devices and device != "cpu":
-        problem = _missing_for_cuda()
+        problem = missing_for_cuda()
         if not problem:
-            session = _load(bundle, options, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+            cuda = ("CUDAExecutionProvider", {"device_id": number})
+            session = _load(bundle, options, [cuda, "CPUExecutionProvider"])
             if "CUDAExecutionProvider" in session.get_providers():
                 return session, "cuda"
             problem = "onnxruntime could not start its CUDA provider on this GPU"
@@ -231,7 +286,7 @@ def _open_session(bundle: Bundle, device: str, threads: int) -> tuple[Any, str]:
     return _load(bundle, options, ["CPUExecutionProvider"]), "cpu"
 
 
-def _load(bundle: Bundle, options: Any, providers: list[str]) -> Any:
+def _load(bundle: Bundle, options: Any, providers: Sequence[Any]) -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints when a provider fails, which is checked instead
             return onnxruntime.InferenceSession(bundle.graph, options, providers=providers)
@@ -239,7 +294,7 @@ def _load(bundle: Bundle, options: Any, providers: list[str]) -> Any:
         raise MismatchError(f"{bundle.graph} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
-def _missing_for_cuda() -> str:
+def missing_for_cuda() -> str:
     """What keeps ONNX Runtime from using a GPU, in words; empty if nothing is known to."""
     windows = sys.platform == "win32"
     driver = "nvcuda.dll" if windows else "libcuda.so.1"
@@ -258,10 +313,3 @@ def _missing_for_cuda() -> str:
         if "undefined symbol" not in str(error):  # all libraries are there; the rest comes with the session
             return f"{str(error).split(':')[0]} is missing; pip install 'smallgpt[cuda]'"
     return ""
-
-
-def _processors() -> int:
-    """Processors this process may use; where the system does not say, all."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,11 +1,14 @@
 """Scoring: every token of a stream once, in nats, bits per byte and perplexities."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # only `score_stream` needs PyTorch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Scores:
     """Per scored token of a stream of N ids: arrays of N - 1."""
 
     nats: np.ndarray  # float64, -ln p of the token
-    rank: np.ndarray  # int64, how many tokens were held more likely
+    rank: np.ndarray  # int64, how many tokens were held more likely; of equal ones the smallest id comes first
     position: np.ndarray  # int64, place in its window of the id it was predicted from
 
 
@@ -32,41 +35,68 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         first = end
 
 
-@torch.inference_mode()
 def score_stream(
-    model: torch.nn.Module,
+    model: "torch.nn.Module",
     ids: np.ndarray,
     *,
     context: int,
     stride: int,
     batch_size: int = 16,
-    autocast: torch.dtype | None = None,
+    autocast: "torch.dtype | None" = None,
 ) -> Scores:
     """Score ids `(N,)` with a model that maps (B, T) to logits (B, T, V); dropout is off while it runs."""
+    import torch
+
     if not 0 < stride <= context:
         raise ValueError(f"the stride is {stride}; it must be between 1 and the context, {context}")
     device = next(model.parameters()).device
     training = model.training
+    scores = _empty(len(ids) - 1)
     model.eval()
-    nats = np.zeros(len(ids) - 1)
-    rank = np.zeros(len(ids) - 1, dtype=np.int64)
-    position = np.zeros(len(ids) - 1, dtype=np.int64)
-    for group in _equal_length_groups(list(windows(len(ids), context, stride)), batch_size):
-        x = torch.from_numpy(np.stack([ids[start:end] for start, _, end in group]).astype(np.int64)).to(device)
-        skip = group[0][1] - group[0][0]
-        y = torch.from_numpy(np.stack([ids[first + 1 : end + 1] for _, first, end in group]).astype(np.int64))
-        y = y.to(device)[..., None]  # (B, scored, 1)
-        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            logits = model(x)[0][:, skip:].float()  # (B, scored, V)
-        target = logits.gather(-1, y)
-        loss = (logits.logsumexp(-1, keepdim=True) - target)[..., 0].double().cpu().numpy()
-        above = (logits > target).sum(-1).cpu().numpy()
-        for row, (_, first, end) in enumerate(group):
-            nats[first:end] = loss[row]
-            rank[first:end] = above[row]
-            position[first:end] = np.arange(skip, skip + end - first)
-    model.train(training)
-    return Scores(nats, rank, position)
+    try:
+        for group in _equal_length_groups(list(windows(len(ids), context, stride)), batch_size):
+            x = torch.from_numpy(np.stack([ids[start:end] for start, _, end in group]).astype(np.int64)).to(device)
+            skip = group[0][1] - group[0][0]
+            y = torch.from_numpy(np.stack([ids[first + 1 : end + 1] for _, first, end in group]).astype(np.int64))
+            y = y.to(device)[..., None]  # (B, scored, 1)
+            with (
+                torch.inference_mode(),
+                torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+            ):
+                logits = model(x)[0][:, skip:].float()  # (B, scored, V)
+                target = logits.gather(-1, y)
+                loss = (logits.logsumexp(-1, keepdim=True) - target)[..., 0].double().cpu().numpy()
+                before = torch.arange(logits.shape[-1], device=device) < y  # (B, scored, V)
+                above = ((logits > target) | ((logits == target) & before)).sum(-1).cpu().numpy()
+            for row, (_, first, end) in enumerate(group):
+                scores.nats[first:end] = loss[row]
+                scores.rank[first:end] = above[row]
+                scores.position[first:end] = np.arange(skip, skip + end - first)
+    finally:
+        model.train(training)
+    return scores
+
+
+def score_with(
+    logits_of: Callable[[np.ndarray], np.ndarray], ids: Sequence[int] | np.ndarray, *, context: int, stride: int
+) -> Scores:
+    """Score ids `(N,)` with a function that maps (T,) to logits (T, V), in float64 and without PyTorch."""
+    ids = np.asarray(ids, np.int64)
+    scores = _empty(len(ids) - 1)
+    for start, first, end in windows(len(ids), context, stride):
+        logits = logits_of(ids[start:end])[first - start :].astype(np.float64)
+        y = ids[first + 1 : end + 1, None]
+        target = np.take_along_axis(logits, y, axis=1)  # (scored, 1)
+        most = logits.max(axis=1, keepdims=True)
+        total = most + np.log(np.exp(logits - most).sum(axis=1, keepdims=True))
+        scores.nats[first:end] = (total - target)[:, 0]
+        scores.rank[first:end] = ((logits > target) | ((logits == target) & (np.arange(logits.shape[1]) < y))).sum(1)
+        scores.position[first:end] = np.arange(first - start, end - start)
+    return scores
+
+
+def _empty(tokens: int) -> Scores:
+    return Scores(np.zeros(tokens), np.zeros(tokens, np.int64), np.zeros(tokens, np.int64))
 
 
 def _equal_length_groups(spans: list[tuple[int, int, int]], batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -82,6 +112,11 @@ def _equal_length_groups(spans: list[tuple[int, int, int]], batch_size: int) -> 
         group.append(span)
     if group:
         yield group
+
+
+def count_words(text: str) -> int:
+    """Words plus line ends, as word-level perplexities on WikiText count them."""
+    return len(text.split()) + text.count("\n")
 
 
 def summarize(scores: Scores, text_bytes: int, words: int) -> dict[str, float]:

@@ -3,13 +3,14 @@
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from smallgpt.cli import MismatchError
 from smallgpt.config import TokenizerConfig
+from smallgpt.score import count_words
 from smallgpt.files import replace_folder, sha256_bytes, write_atomic, write_json
 from smallgpt.tokenizer import Tokenizer, train_tokenizer
 
@@ -35,14 +36,19 @@ class TokenFile:
         path = Path(folder) / f"{split}.bin"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; the tokenize stage writes it")
-        header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        dtype = np.dtype(header.pop("dtype"))
-        count = header.pop("tokens")
+        try:
+            header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            dtype, count = np.dtype(header.pop("dtype")), int(header.pop("tokens"))
+            file = cls(ids=np.zeros(0), **header)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MismatchError(
+                f"{path.with_suffix('.json')} is damaged ({error}); run the tokenize stage again"
+            ) from None
         if path.stat().st_size != count * dtype.itemsize:
             raise MismatchError(
                 f"{path} has {path.stat().st_size} bytes; its header says {count} tokens of {dtype.itemsize} bytes"
             )
-        return cls(ids=np.memmap(path, dtype=dtype, mode="r"), **header)
+        return replace(file, ids=np.memmap(path, dtype=dtype, mode="r"))
 
 
 def token_stream(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -97,11 +103,6 @@ def tokenize(
     with replace_folder(tokenizer) as temporary:
         write_atomic(temporary / "tokenizer.model", trained.model)
     return trained, headers
-
-
-def count_words(text: str) -> int:
-    """Words plus line ends, as word-level perplexities on WikiText count them."""
-    return len(text.split()) + text.count("\n")
 
 
 def windows_per_epoch(tokens: int, seq_len: int) -> int:

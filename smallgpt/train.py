@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from smallgpt.checkpoint import save_checkpoint
-from smallgpt.cli import DeviceError, MismatchError, run
+from smallgpt.cli import DeviceError, MismatchError, processors, run
 from smallgpt.config import Config, load_config, parse_config
 from smallgpt.corpus import prepare, read_documents, split_names
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
@@ -34,22 +34,24 @@ def train(
     reports: Path,
     work: Path,
     track: bool = True,
+    resume_only: bool = False,
 ) -> dict[str, Any]:
     """Train a model on token files and write the model folder `out` and the curves in `reports`.
 
     `work` holds the resumable state, in a folder named after everything that shapes the result; `track` mirrors the
-    run in MLflow. Returns the summary that also goes to reports/summary.json.
+    run in MLflow; `resume_only` refuses to start from the beginning. Returns the summary that also goes to
+    reports/summary.json.
 
     Raises:
         ValueError: a corpus shorter than two windows, or another process is training the same thing.
-        MismatchError: token files of another tokenizer, or ids outside the vocabulary.
+        MismatchError: token files of another tokenizer, ids outside the vocabulary, or nothing to resume.
         DeviceError: CUDA was asked for and is not there.
         FloatingPointError: the loss or the gradient is not finite; nothing was updated with it.
         StoppedError: SIGINT or SIGTERM; the state was saved and the next call goes on from it.
     """
     settings = config.training
     device = pick_device(settings.device)
-    threads = settings.threads or len(os.sched_getaffinity(0))
+    threads = settings.threads or processors()
     torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -65,6 +67,11 @@ def train(
                 load_state(folder, state)
             else:
                 clear_states(folder)  # they would be taken for newer than the ones to come
+            if resume_only and not state.step:
+                raise MismatchError(
+                    f"{work} holds no stopped training with these settings, data and versions; "
+                    "give it what it was started with, or use --out to start a new one"
+                )
             resume_key = key if settings.resume == "auto" else None
             with start_run("train", resume_key=resume_key) if track else Tracker() as tracker:
                 tracker.log_params(config.model_dump(include={"model", "training"}))
@@ -141,10 +148,10 @@ class GPTTrainer:
         self.config = config if isinstance(config, Config) else load_config(config)
         self.work = Path(work)
 
-    def train(self, corpus: str | Path, *, track: bool = False) -> SmallGPT:
+    def train(self, corpus: str | Path, *, track: bool = False, resume_only: bool = False) -> SmallGPT:
         """Train on a corpus (anything `prepare.source` takes) and return the model, its tokenizer attached.
 
-        A training that was stopped goes on where it was; `track` mirrors the run in MLflow.
+        A training that was stopped goes on where it was; see `train` for `track` and `resume_only`.
         """
         config = self.config.model_copy(
             update={"prepare": self.config.prepare.model_copy(update={"source": str(corpus)})}
@@ -166,6 +173,7 @@ class GPTTrainer:
             reports=self.work / "reports" / "train",
             work=self.work / "state",
             track=track,
+            resume_only=resume_only,
         )
         return SmallGPT.from_pretrained(self.work / "gpt")
 
@@ -178,10 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(".smallgpt/trainer"), help="work folder")
     parser.add_argument("--resume", type=Path, help="work folder of a training that was stopped")
     options = parser.parse_args(arguments)
-    if options.resume and not list(options.resume.glob("state/*/state-*")):
+    if options.resume and not options.resume.is_dir():
         raise FileNotFoundError(f"{options.resume} holds no training that was stopped; use --out to start one")
     trainer = GPTTrainer(options.config, work=options.resume or options.out)
-    model = trainer.train(options.data)
+    model = trainer.train(options.data, resume_only=bool(options.resume))
     log.info("%d parameters, trained; the model is in %s", model.num_parameters(), trainer.work / "gpt")
     return 0
 

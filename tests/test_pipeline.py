@@ -26,13 +26,18 @@ NO_DEPS = {
 }
 NO_DEPS_OF = {
     # reached through GPTTrainer and SmallGPT.generate, which the stage does not call
-    "train": {"corpus.py", "download.py", "stories.py", "decode.py", "sampling.py"},
+    "train": {
+        *("corpus.py", "download.py", "stories.py"),
+        *("decode.py", "beams.py", "generation.py", "sampling.py"),
+    },
 }
 
 LEVELS = [
-    {"files", "cli", "sampling", "stories", "tracking", "download"},
-    {"config", "tokenizer", "bundle"},
-    {"tokens", "checkpoint", "corpus", "optim", "score", "decode", "runtime", "graph"},
+    {"files", "cli", "sampling", "stories", "tracking", "download", "score"},
+    {"config", "tokenizer", "bundle", "options"},
+    {"tokens", "checkpoint", "corpus", "optim", "generation", "runtime", "graph"},
+    {"beams"},
+    {"decode", "repl"},
     {"model", "ort_generate"},
     {"evaluate", "state", "generate", "interop"},
     {"loop", "export"},

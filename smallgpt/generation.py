@@ -1,0 +1,335 @@
+"""Continuing prompts: sequences that join a batch, grow and leave it, on any model that fills and steps rows.
+
+`generate` is the simple call, `Batch` the engine below it, which the HTTP server drives too. Every sequence has its own
+settings and its own random numbers, so what it says does not depend on its company.
+"""
+
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from smallgpt.sampling import GenerationConfig, log_softmax, sample
+from smallgpt.tokenizer import TextStream, Tokenizer
+
+Finish = Literal["eos", "stop", "length", "time", "interrupted"]
+
+
+class Decoder(Protocol):
+    """A model with rows of cached tokens: `OrtGPT` and `decode.TorchDecoder`. B rows, S tokens, V vocabulary."""
+
+    tokenizer: Tokenizer
+    max_seq_len: int
+    lengths: np.ndarray  # tokens in the cache of each row
+
+    def reserve(self, rows: int, capacity: int | None = None) -> None: ...
+    def fill(self, first: int, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray: ...  # (B, S) -> (B, V)
+    def extend(self, row: int, ids: Sequence[int]) -> np.ndarray: ...  # (S,) -> (S, V)
+    def step(self, tokens: np.ndarray) -> np.ndarray: ...  # (B,) -> (B, V)
+    def select(self, sources: Sequence[int]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token gave to one sequence: the text that became certain, and at the end why it ended."""
+
+    sequence: Any  # the key it was added under
+    token: int | None  # None when the sequence was interrupted
+    text: str
+    finish: Finish | None = None
+    logprob: float | None = None  # of the token, by the model itself, before penalties and temperature
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log-probabilities
+
+
+@dataclass
+class _Row:
+    """A sequence in work."""
+
+    key: Hashable
+    ids: list[int]  # prompt and continuation; the last one is not in the cache yet
+    config: GenerationConfig
+    number: int
+    logprobs: int | None
+    stream: TextStream
+    banned: list[int]
+    ends: list[int]
+    limit: int  # tokens it may still get at most, at its start
+    started: float = field(default_factory=time.perf_counter)
+    position: int = 0  # tokens drawn so far
+
+
+def check_prompt(model: Decoder, prompt: Sequence[int]) -> None:
+    """Raise ValueError when a prompt is empty or does not fit into the context."""
+    if not 0 < len(prompt) <= model.max_seq_len:
+        raise ValueError(f"the prompt has {len(prompt)} tokens; between 1 and {model.max_seq_len} fit into the context")
+
+
+def new_tokens(config: GenerationConfig, prompt: Sequence[int], tokenizer: Tokenizer) -> int:
+    """How many tokens may follow: max_new_tokens, less where max_length counts the prompt, without `<|eos|>` in front."""
+    if not config.max_length:
+        return config.max_new_tokens
+    return max(0, min(config.max_new_tokens, config.max_length - len(prompt) + (prompt[0] == tokenizer.eos_id)))
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    sequences: Sequence[int] | None = None,
+    logprobs: int | None = None,
+    speculate: int = 0,
+    slide: bool = False,
+) -> Iterator[list[Piece]]:
+    """Continue prompts (ids) as one batch; each step yields the pieces of the sequences that grew.
+
+    A sequence ends at `<|eos|>`, at a stop string (which is held back and cut off, also across tokens) or a stop
+    token, after config.max_new_tokens or max_time, or where the context is full ("length"), unless it may `slide`:
+    then the last half of the context is read again and it goes on. The numbers in `sequences`, from 0 on by default,
+    determine the samples together with the seed. A model works on one batch at a time: a second call ends the
+    first one's. See `Batch` for `logprobs` and `speculate`.
+
+    Raises ValueError for an empty prompt or one longer than the context.
+    """
+    for prompt in prompts:
+        check_prompt(model, prompt)
+    longest = max(map(len, prompts), default=0)
+    capacity = min(model.max_seq_len, longest + config.max_new_tokens)
+    if not prompts or not config.max_new_tokens:
+        return iter([])
+    batch = Batch(model, len(prompts), capacity=capacity, speculate=speculate, slide=slide)
+    for i, prompt in enumerate(prompts):
+        batch.add(i, prompt, config, number=i if sequences is None else sequences[i], logprobs=logprobs)
+    return _steps(batch)
+
+
+def _steps(batch: "Batch") -> Iterator[list[Piece]]:
+    while batch.busy:
+        yield batch.step()
+
+
+class Batch:
+    """Up to `rows` sequences that are decoded together; more of them wait.
+
+    Args:
+        capacity: tokens of the longest sequence, the context's size by default.
+        even: run an even number of rows, always: quantised kernels compute a single row in another way.
+        speculate: while one sequence is alone, guess up to so many tokens ahead by looking for its last words in what
+            stands before (prompt lookup), and check them in one run. The text stays what it would have been.
+        slide: at the end of the context, read its last half again and go on.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        rows: int,
+        *,
+        capacity: int | None = None,
+        even: bool = False,
+        speculate: int = 0,
+        slide: bool = False,
+    ) -> None:
+        self.model, self.even, self.slide, self.capacity = model, even, slide, capacity or model.max_seq_len
+        self.rows = rows
+        self.speculation = Speculation(speculate)
+        self._waiting: deque[_Row] = deque()
+        self._empty: list[_Row] = []  # those that may not get a single token
+        self._running: list[_Row] = []  # the i-th one is row i of the model
+        model.reserve(rows + rows % 2 if even else rows, self.capacity)
+
+    @property
+    def busy(self) -> int:
+        """Number of sequences that wait or run."""
+        return len(self._empty) + len(self._waiting) + len(self._running)
+
+    def add(
+        self,
+        key: Hashable,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        *,
+        number: int = 0,
+        logprobs: int | None = None,
+    ) -> None:
+        """Let a sequence wait for a row: `prompt` ids, `number` for its random numbers.
+
+        `logprobs` asks for the token's log-probability and those of so many most likely tokens. config.num_beams and
+        num_return_sequences do not act here.
+        """
+        check_prompt(self.model, prompt)
+        tokenizer = self.model.tokenizer
+        banned = [*tokenizer.banned_ids, *([tokenizer.eos_id] if config.ignore_eos else [])]
+        ends = [tokenizer.eos_id, *config.stop_token_ids]
+        limit = new_tokens(config, prompt, tokenizer)
+        stream = tokenizer.stream(config.stop)
+        row = _Row(key, list(prompt), config, number, logprobs, stream, banned, ends, limit)
+        (self._waiting if limit else self._empty).append(row)
+
+    def cancel(self, key: Hashable) -> Piece | None:
+        """Take a sequence out; its last piece has the text that was held back. None if it is not here."""
+        for row in self._waiting:
+            if row.key == key:
+                self._waiting.remove(row)
+                return Piece(key, None, "", "interrupted")
+        for i, row in enumerate(self._running):
+            if row.key == key:
+                self._leave([i])
+                return Piece(key, None, row.stream.finish(), "interrupted")
+        return None
+
+    def step(self) -> list[Piece]:
+        """Give every running sequence a token (or, when it guessed right, several), and let waiting ones start."""
+        pieces = [Piece(row.key, None, "", "length") for row in self._empty]
+        self._empty = []
+        running = len(self._running)
+        joining = [self._waiting.popleft() for _ in range(min(self.rows - running, len(self._waiting)))]
+        if running == 1 and not joining and self.speculation.size:
+            pieces += self._speculative_step(self._running[0])
+        elif running:
+            pieces += self._plain_step()
+        if joining:
+            lengths = np.array([len(row.ids) for row in joining])
+            padded = np.zeros((len(joining), lengths.max()), np.int64)
+            for ids, row in zip(padded, joining, strict=True):
+                ids[: len(row.ids)] = row.ids
+            logits = self.model.fill(running, padded, lengths)
+            self._running += joining
+            pieces += [self._draw(row, logits[i]) for i, row in enumerate(joining)]
+        ended = {piece.sequence for piece in pieces if piece.finish}
+        self._leave([i for i, row in enumerate(self._running) if row.key in ended])
+        return pieces
+
+    def _plain_step(self) -> list[Piece]:
+        rows = self._running
+        for i, row in enumerate(rows):
+            if len(row.ids) > self.capacity:  # it may slide, or it would have ended
+                tail = np.array([row.ids[-(self.model.max_seq_len // 2) : -1]])
+                self.model.fill(i, tail, np.array([tail.shape[1]]))
+        count = len(rows) + (len(rows) % 2 if self.even else 0)
+        tokens = np.zeros(count, np.int64)
+        tokens[: len(rows)] = [row.ids[-1] for row in rows]
+        if count > len(rows):
+            self.model.lengths[-1] = 0  # the row that only makes the number even
+        logits = self.model.step(tokens)
+        return [self._draw(row, logits[i]) for i, row in enumerate(rows)]
+
+    def _speculative_step(self, row: _Row) -> list[Piece]:
+        room = min(self.capacity - len(row.ids), row.limit - row.position - 1)
+        guess = self.speculation.propose(row.ids, room) if room > 0 else []
+        begin = time.perf_counter()
+        if not guess:
+            pieces = self._plain_step()
+            self.speculation.plain(time.perf_counter() - begin)
+            return pieces
+        before = int(self.model.lengths[0])
+        logits = self.model.extend(0, [row.ids[-1], *guess])
+        pieces = []
+        for i, guessed in enumerate([*guess, None]):
+            pieces.append(self._draw(row, logits[i]))
+            if pieces[-1].finish or pieces[-1].token != guessed:
+                break
+        self.model.lengths[0] = before + len(pieces)
+        self.speculation.checked(len(guess), len(pieces) - 1, time.perf_counter() - begin)
+        return pieces
+
+    def _draw(self, row: _Row, logits: np.ndarray) -> Piece:
+        """Draw one token for a sequence from its logits (V,)."""
+        config, tokenizer = row.config, self.model.tokenizer
+        token = sample(
+            logits,
+            config,
+            position=row.position,
+            sequence=row.number,
+            previous=row.ids,
+            banned=row.banned,
+            ends=row.ends,
+        )
+        row.ids.append(token)
+        row.position += 1
+        finish: Finish | None = None
+        text = ""
+        if token == tokenizer.eos_id:
+            finish = "eos"
+        elif token in config.stop_token_ids:
+            finish = "stop"
+        else:
+            text = row.stream.feed(token)
+            if row.stream.stopped:
+                finish = "stop"
+            elif row.position >= row.limit or (len(row.ids) > self.model.max_seq_len and not self.slide):
+                finish = "length"
+            elif config.max_time and time.perf_counter() - row.started > config.max_time:
+                finish = "time"
+        logprob, top = None, ()
+        if row.logprobs is not None:
+            logprob, top = logprobs_of(logits, token, row.logprobs)
+        return Piece(row.key, token, text + row.stream.finish() if finish else text, finish, logprob, top)
+
+    def _leave(self, ended: list[int]) -> None:
+        """Free rows: those at the end move into the holes."""
+        sources = list(range(len(self._running)))
+        for i in sorted(ended, reverse=True):
+            sources[i] = sources[-1]
+            sources.pop()
+        self.model.select(sources)
+        self._running = [self._running[i] for i in sources]
+
+
+def logprobs_of(logits: np.ndarray, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The log-probability of a token, and the `count` most likely tokens with theirs, from logits (V,)."""
+    logprobs = log_softmax(logits)
+    count = min(count, logprobs.size)
+    best = np.argpartition(-logprobs, count - 1)[:count] if count else np.zeros(0, np.int64)
+    best = best[np.lexsort((best, -logprobs[best]))]
+    return float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in best)
+
+
+class Speculation:
+    """Prompt lookup (Saxena 2023): guess that what followed the last words earlier follows them again.
+
+    Guessing pays when the time of a checked guess, divided by the tokens that it gives, is below that of a plain
+    step. Both are measured while decoding; when it does not pay, a guess is tried only so seldom that it cannot cost
+    more than two percent.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.proposed = self.accepted = 0
+        self._plain_time = self._checked_time = 0.0  # seconds, moving averages
+        self._gain = float(size)  # tokens that a guess gives beside the one that every step gives
+        self._pause = 0
+
+    def propose(self, ids: Sequence[int], room: int) -> list[int]:
+        """What followed the latest earlier occurrence of the last 3 tokens, else 2; empty when it does not pay."""
+        if self._pause:
+            self._pause -= 1
+            return []
+        if not self._plain_time:  # the first steps measure what a plain one takes
+            return []
+        text = np.asarray(ids)
+        for size in (3, 2):
+            if len(text) <= size:
+                continue
+            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], size)
+            found = np.flatnonzero((windows == text[-size:]).all(axis=1))
+            if len(found):
+                start = int(found[-1]) + size
+                return [int(token) for token in text[start : start + min(self.size, room)]]
+        return []
+
+    def plain(self, seconds: float) -> None:
+        """Learn from a plain step."""
+        self._plain_time = 0.9 * self._plain_time + 0.1 * seconds if self._plain_time else seconds
+
+    def checked(self, proposed: int, accepted: int, seconds: float) -> None:
+        """Learn from a guess that was checked."""
+        self.proposed += proposed
+        self.accepted += accepted
+        self._checked_time = 0.7 * self._checked_time + 0.3 * seconds if self._checked_time else seconds
+        self._gain = 0.7 * self._gain + 0.3 * accepted
+        loss = self._checked_time - (1 + self._gain) * self._plain_time
+        if loss > 0:
+            self._pause = int(50 * loss / self._plain_time) + 1

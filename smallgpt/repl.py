@@ -1,0 +1,144 @@
+"""The interactive session of `ort_generate -i`: a text that you and the model write in turns."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from smallgpt.beams import beam_search
+from smallgpt.files import write_atomic
+from smallgpt.generation import generate
+from smallgpt.options import SETTINGS, convert
+from smallgpt.runtime import OrtGPT
+from smallgpt.sampling import GenerationConfig
+
+HELP = """Type a text and the model goes on from all that was written so far; an empty line lets it go on.
+/set NAME VALUE   change a setting, such as /set temperature 0.5; /set alone shows them all
+/seed N           draw with another seed
+/regen            take the last continuation back and draw another one
+/reset            begin an empty text
+/save FILE        write the text so far
+/stats            tokens and speed
+/exit             leave; Ctrl-C stops a continuation, and leaves when none is running
+"""
+
+
+class Session:
+    """One interactive session. What the user types is read by `input`, so the terminal's line editing works."""
+
+    def __init__(self, model: OrtGPT, config: GenerationConfig, *, slide: bool = False) -> None:
+        self.model, self.config, self.slide = model, config, slide
+        self.text = ""  # all that was written so far
+        self.before = ""  # the same before the last continuation
+        self.turn = 0  # the sequence number of the next continuation
+        self.tokens, self.seconds = 0, 0.0
+        self.commands: dict[str, Callable[[str], None]] = {
+            "help": lambda _: self.say(HELP.rstrip()),
+            "set": self.set,
+            "seed": lambda value: self.set(f"seed {value}"),
+            "regen": lambda _: self.regenerate(),
+            "reset": lambda _: self.reset(),
+            "save": self.save,
+            "stats": lambda _: self.stats(),
+        }
+
+    def run(self) -> int:
+        """Read and answer lines until the end of the input, /exit, or Ctrl-C at the prompt."""
+        try:
+            import readline  # noqa: F401  (line editing, where the system has it)
+        except ImportError:
+            pass
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        self.say(f"{self.model.bundle.folder} | seed {self.config.seed} | /help lists the commands")
+        while True:
+            try:
+                line = input("> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return 0
+            command, _, value = line[1:].partition(" ")
+            if not line.startswith("/"):
+                self.before = self.text = self.text + line
+                self.go_on()
+            elif command in ("exit", "quit"):
+                return 0
+            elif command in self.commands:
+                try:
+                    self.commands[command](value.strip())
+                except (ValueError, OSError) as error:
+                    self.say(f"error: {error}")
+            else:
+                self.say(f"unknown command /{command}; /help lists them")
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def go_on(self) -> None:
+        """Continue the text and show the continuation; Ctrl-C ends it and keeps what is there."""
+        tokenizer, limit = self.model.tokenizer, self.model.max_seq_len
+        ids = [tokenizer.eos_id, *tokenizer.encode(self.text)]
+        if len(ids) > limit and not self.slide:
+            self.say(f"error: the text has {len(ids)} tokens and the context {limit}; /reset begins an empty one")
+            return
+        ids = ids[-(limit // 2) :] if len(ids) > limit else ids
+        begun, finish = time.perf_counter(), ""
+        try:
+            if self.config.num_beams > 1:
+                for step in beam_search(self.model, ids, self.config):
+                    self.show(step.text)
+                    self.tokens += max((len(found.ids) for found in step.done[:1]), default=0)
+            else:
+                for pieces in generate(self.model, [ids], self.config, sequences=[self.turn], slide=self.slide):
+                    self.tokens += 1
+                    self.show(pieces[0].text)
+                    finish = pieces[0].finish or finish
+        except KeyboardInterrupt:
+            finish = "interrupted"
+        except ValueError as error:
+            self.say(f"error: {error}")
+        self.turn += 1
+        self.seconds += time.perf_counter() - begun
+        print()
+        if finish == "eos":
+            self.say("(the text is complete; /reset begins another one)")
+
+    def show(self, text: str) -> None:
+        self.text += text
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def set(self, line: str) -> None:
+        name, _, value = line.partition(" ")
+        if not name:
+            self.say("\n".join(f"{name} = {value}" for name, value in self.config.to_dict().items()))
+            return
+        name = {"temp": "temperature"}.get(name.replace("-", "_"), name.replace("-", "_"))
+        self.config = dataclasses.replace(self.config, **{name: convert(name, value.strip())})
+        assert name in SETTINGS
+        if name == "seed":
+            self.turn = 0
+        self.say(f"{name} = {getattr(self.config, name)}")
+
+    def regenerate(self) -> None:
+        self.text = self.before
+        self.go_on()
+
+    def reset(self) -> None:
+        self.text = self.before = ""
+        self.turn = 0
+        self.say("the text is empty")
+
+    def save(self, value: str) -> None:
+        if not value:
+            raise ValueError("/save needs the name of a file")
+        write_atomic(Path(value), self.text)
+        self.say(f"{len(self.text.encode('utf-8'))} bytes in {value}")
+
+    def stats(self) -> None:
+        length = len(self.model.tokenizer.encode(self.text)) + 1
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        self.say(
+            f"{length} of {self.model.max_seq_len} tokens in the context | {self.tokens} generated, {rate:.1f} tokens/s"
+            f" | seed {self.config.seed}, turn {self.turn}"
+        )
