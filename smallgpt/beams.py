@@ -142,7 +142,7 @@ def _settled(
     return going[0].logprob / longest**config.length_penalty <= finished[-1][0]
 
 
-def _shared(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
+def _shared(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The longest common beginning."""
     first, last = min(sequences), max(sequences)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

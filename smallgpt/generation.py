@@ -68,7 +68,7 @@ def check_prompt(model: Decoder, prompt: Sequence[int]) -> None:
 
 
 def new_tokens(config: GenerationConfig, prompt: Sequence[int], tokenizer: Tokenizer) -> int:
-    """How many tokens may follow: max_new_tokens, less where max_length counts the prompt, without `<|eos|>` in front."""
+    """How many tokens may follow a prompt; max_length counts it too, without the `<|eos|>` in front."""
     if not config.max_length:
         return config.max_new_tokens
     return max(0, min(config.max_new_tokens, config.max_length - len(prompt) + (prompt[0] == tokenizer.eos_id)))
@@ -263,7 +263,8 @@ class Batch:
                 finish = "length"
             elif config.max_time and time.perf_counter() - row.started > config.max_time:
                 finish = "time"
-        logprob, top = None, ()
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
         if row.logprobs is not None:
             logprob, top = logprobs_of(logits, token, row.logprobs)
         return Piece(row.key, token, text + row.stream.finish() if finish else text, finish, logprob, top)

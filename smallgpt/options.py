@@ -158,7 +158,7 @@ def _whole(text: str, name: str) -> int:
 
 
 def _bias(text: str) -> tuple[int, float]:
-    token, sign, bias = text.partition("=")
+    token, _, bias = text.partition("=")
     try:
         return int(token), float(bias)
     except ValueError:
@@ -167,7 +167,8 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _early_stopping(text: str) -> bool | str:
     try:
-        return {"true": True, "false": False, "never": "never"}[text.lower()]
+        values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+        return values[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is not true, false or never") from None
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from smallgpt import cli
 from smallgpt.beams import beam_search
 from smallgpt.files import write_atomic
@@ -279,9 +277,10 @@ def _render(work: Work, options: argparse.Namespace, load: float) -> str:
 
 def _described(model: OrtGPT) -> str:
     shape, bundle = model.bundle.config.model, model.bundle
+    size = bundle.graph.stat().st_size / 2**20
     return (
         f"{bundle.folder}: {bundle.config.variant}, {shape['architecture']}, {shape['num_layers']} layers, vocabulary "
-        f"{model.vocab_size}, context {model.max_seq_len}, {bundle.graph.stat().st_size / 2**20:.1f} MiB on {model.device}"
+        f"{model.vocab_size}, context {model.max_seq_len}, {size:.1f} MiB on {model.device}"
     )
 
 

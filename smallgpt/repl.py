@@ -1,5 +1,6 @@
 """The interactive session of `ort_generate -i`: a text that you and the model write in turns."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -45,10 +46,8 @@ class Session:
 
     def run(self) -> int:
         """Read and answer lines until the end of the input, /exit, or Ctrl-C at the prompt."""
-        try:
-            import readline  # noqa: F401  (line editing, where the system has it)
-        except ImportError:
-            pass
+        with contextlib.suppress(ImportError):  # line editing, where the system has it
+            import readline  # noqa: F401
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         self.say(f"{self.model.bundle.folder} | seed {self.config.seed} | /help lists the commands")
         while True:

@@ -94,7 +94,7 @@ class OrtGPT:
             self._cache = [make(shape[1:], dtype, "cuda", self.device_number) for _ in range(shape[0])]
         else:
             self._block = np.zeros(shape, dtype)
-            self._cache = [_share(array) for array in self._block]
+            self._cache = [_share(self._block[i]) for i in range(shape[0])]
 
     def prefill(self, ids: np.ndarray, lengths: np.ndarray | None = None, *, capacity: int | None = None) -> np.ndarray:
         """`reserve` a row for each of the prompts `ids` (B, S) and `fill` them; the logits after each, (B, V)."""
@@ -176,11 +176,12 @@ class OrtGPT:
         rows[:] = lengths
         return call.logits
 
-    def _call(self, *shape: int) -> _Call:
-        """The binding for (first row, batch, tokens, wanted logits); those of short calls are kept."""
-        call = self._calls.get(shape) or self._bind(*shape)
-        if shape[2] <= 16:
-            self._calls[shape] = call
+    def _call(self, first: int, batch: int, tokens: int, wanted: int) -> _Call:
+        """The binding for calls of one shape; those of short calls are kept."""
+        key = (first, batch, tokens, wanted)
+        call = self._calls.get(key) or self._bind(*key)
+        if tokens <= 16:
+            self._calls[key] = call
         return call
 
     def _execute(self, call: _Call, ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from smallgpt.cli import MismatchError
 from smallgpt.config import TokenizerConfig
-from smallgpt.score import count_words
 from smallgpt.files import replace_folder, sha256_bytes, write_atomic, write_json
+from smallgpt.score import count_words
 from smallgpt.tokenizer import Tokenizer, train_tokenizer
 
 
