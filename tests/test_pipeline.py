@@ -35,7 +35,7 @@ NO_DEPS_OF = {
 LEVELS = [
     {"files", "cli", "sampling", "stories", "tracking", "download", "score"},
     {"config", "tokenizer", "bundle", "options"},
-    {"tokens", "checkpoint", "corpus", "optim", "generation", "runtime", "graph"},
+    {"tokens", "checkpoint", "corpus", "optim", "distributed", "generation", "runtime", "graph"},
     {"beams"},
     {"decode", "repl"},
     {"model", "ort_generate"},
