@@ -25,7 +25,7 @@ from functools import cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-MAX_STORY_BYTES = 593  # the longest story that the rules allow; tests/test_stories.py derives the bound
+MAX_STORY_BYTES = 609  # the longest story that the rules allow; tests/test_stories.py derives the bound
 
 WORDS = """
 girl = Ada Bella Clara Ivy 2*Lily Luna 2*Mia Nora Rosa Ruby
@@ -137,42 +137,42 @@ seq: 3*Soon | 2*Then | Later, | Luckily, | Suddenly, | At last
 thanks: In return, | As thanks, | Full of joy, | To say thanks,
 
 plot: Then {his} <item> was <gone>. {hero} looked <where> but <spotted> only <number> <bits>. <seq> <helper> <adverb>
-    found the {thing} <by> a <look> <color> <vessel>.[end=keep]
+    found the {thing} <by> a <look> <color> <vessel>. {hero} <hugged> {friend}.[end=keep]
   There <where> sat <pet>, looking <need>. {hero} <help.{need}>. <thanks> {friend} gave {him} a <item>.[end=keep]
   There, {he} <spotted> a <item> <where>. {hero} asked a <trait> <job> and a <trait> <job>. <seq> <helper> <said>, "My
     {thing}!" and gave {him} <number> <food>.[owner={friend}][end=gave]
-  Nearby, a <trait> <age> <job> made <treat>, but the <taste> was gone. {hero} <adverb> fetched more in a <look>
-    <color> <thing=vessel>, and <helper> added <number> <fruit>.[end=keep]
-  With <number> coins {he} bought seeds for <color> <thing=flowers> from a <trait> <age> <job>. {hero} planted them
-    <where>, and <helper> <adverb> watered them.[end=keep]
+  Nearby, a <trait> <age> <job> made <treat>, but the <taste> was gone. {hero} <adverb> fetched more in a <look> <color>
+    <thing=vessel>, and <helper> added <number> <fruit>. {hero} <hugged> {friend}.[end=keep]
+  With <number> coins {he} bought seeds for <color> <flowers> from a <trait> <age> <job>. {hero} planted them <where>,
+    and <helper> <adverb> watered them. {hero} <hugged> {friend}.[thing=flowers][end=keep]
   Out of <material> and <material>, {he} <adverb> <built> a <look> <color> <craft>. It broke, but <helper> <mended> it
-    with <number> <bits>. Then the {thing} <move.{craft}>.[end=keep]
+    with <number> <bits>. {hero} <hugged> {friend}, and the {thing} <move.{craft}>.[end=keep]
   It was the birthday of {his} <relative>, so {he} wrapped a <item> in <color> <material>, and <helper> <adverb> added
-    <number> <flowers>. "<cheer>! A {thing}!" <said> everyone.[owner=the family][end=gave]
+    <number> <flowers>. {hero} <hugged> {friend}. "<cheer>! A {thing}!" <said> everyone.[owner=the family][end=gave]
   By chance there was a <sport> contest for a <item>. <seq> <helper> <said>, "<courage>!" So {hero} <adverb> won the
-    {thing} against a <trait> <age> <job>.[end=keep]
-  Inside a <look> <color> <vessel> {he} found a map. It led {him} <past> the <land> to a <view> <spot>. There {hero}
-    dug up a <item> and <adverb> shared <number> <color> <bits> with <helper>.[end=keep]
+    {thing} and <hugged> {friend}.[end=keep]
+  Inside a <look> <color> <vessel> {he} found a map. It led {him} <past> the <land> to a <view> <spot>. There {hero} dug
+    up a <item> and <adverb> shared <number> <color> <bits> with <helper>.[end=keep]
   That day <worker> gave {him} a <look> <color> <thing=instrument>. The {thing} sounded like a <trait> <animal>, but
     {hero} practiced <adverb>. Soon even <number> <color> <beasts> danced.[end=keep]
-  Something began <sound> <where>. {hero} <went> closer <adverb>, holding {his} <item>. It was only <pet>, playing
-    with <number> <color> <bits>.[end=keep]
-  That week a <trait> <newcomer> moved in <by> the <land>. {friend} missed {fhis} <thing=thing>, so {hero} <adverb>
-    made {fhim} a <look> <color> one out of <material>. They played <game> <where>.[owner={friend}][end=gave]
-  For lunch {he} put <fruit>, <veg>, and <treat> into a <look> <color> <thing=vessel>. <seq> {hero} saw <helper>
-    <where> and <adverb> shared it all.[end=keep]
+  Something began <sound> <where>. {hero} <went> closer <adverb>, holding {his} <item>. It was only <pet>, playing with
+    <number> <color> <bits>. {hero} <hugged> {friend}.[end=keep]
+  That week a <trait> <newcomer> moved in <by> the <land>. {friend} missed {fhis} <thing=thing>, so {hero} <adverb> made
+    {fhim} a <look> <color> one out of <material>. They played <game> <where>.[owner={friend}][end=gave]
+  For lunch {he} put <fruit>, <veg>, and <treat> into a <look> <color> <thing=vessel>. <seq> {hero} saw <helper> <where>
+    and <adverb> shared it all with {friend}.[end=keep]
   Half hidden <where> lay a <item>. {hero} <rubbed> the {thing}, and a <trait> <pal=spirit>[friend=the {pal}] <adverb>
-    granted {him} a wish: <number> <food> for every <trait> <job> <by> the <land>.[end=keep]
-  Beside the road stood <worker> with a broken <broken>. {hero} <adverb> fixed it with <number> <color> <bits>.
-    <thanks> {friend} gave {him} a <item>.[end=keep]
+    granted {him} a wish. {hero} asked {friend} for <number> <food> for every <trait> <job>.[end=keep]
+  Beside the road stood <worker> with a broken <broken>. {hero} <adverb> fixed it with <number> <color> <bits>. <thanks>
+    {friend} gave {him} a <item>.[end=keep]
   A <coat> <bird> brought a letter from <worker> <by> the <view> <land>, who wanted a <item>. {hero} made the {thing}
     out of <material> and <adverb> added <number> <treat>.[owner={friend}][end=gave]
   High up in the <tree>, <pet> was stuck. {hero} <adverb> asked a <trait> <age> <job> for a <look> <color> ladder.
     <thanks> {friend} gave {him} a <item>.[end=keep]
-  Soon a race began, and {hero} led. But <where> {he} saw <pet> stuck in <mud> and <adverb> stopped to help. For that,
-    a <trait> <age> <job> gave {him} a <item>.[end=keep]
-  Once there, {hero} swapped <number> <bits> for <number> <food> with a <trait> <age> <job>. <seq> <helper> wanted
-    them and <adverb> offered a <item>.[end=keep]
+  Soon a race began, and {hero} led. But <where> {he} saw <pet> stuck in <mud> and <adverb> stopped to help. For that, a
+    <trait> <age> <job> gave {him} a <item>.[end=keep]
+  Once there, {hero} swapped <number> <bits> for <number> <food> with a <trait> <age> <job>. <seq> <helper> wanted them
+    and <adverb> offered a <item>. {hero} <hugged> {friend}.[end=keep]
 gone = gone lost missing
 spotted = spotted found noticed saw
 need: 2*hungry[need=food] | 2*cold[need=cold] | lost[need=lost] | 2*thirsty[need=drink] | sad[need=sad]
@@ -207,8 +207,9 @@ sound = buzzing humming rattling rustling squeaking tapping ticking whistling
 newcomer: girl <named> <pal=girl>[friend={pal}][fhis=her][fhim=her]
   boy <named> <pal=boy>[friend={pal}][fhis=his][fhim=him]
 game = cards catch checkers chess leapfrog pirates tag
+hugged = hugged thanked
 rubbed = rubbed touched lifted polished shook
-spirit = dragon elf fairy genie giant gnome troll wizard
+spirit = dragon fairy giant wizard
 broken = bench boat cart clock door fence gate kettle kite ladder pump stove table wagon window
 bird = crow duck goose owl parrot raven robin swan
 tree = birch maple oak palm pine willow
