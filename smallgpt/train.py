@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from smallgpt.config import Config, load_config, parse_config
 from smallgpt.corpus import prepare, read_documents, split_names
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
 from smallgpt.loop import loop
+from smallgpt.machine import describe_machine
 from smallgpt.model import SmallGPT
 from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state
 from smallgpt.tokenizer import Tokenizer
@@ -77,8 +79,11 @@ def train(
                 tracker.log_params(config.model_dump(include={"model", "training"}))
                 for split, file in data.items():
                     tracker.log_dataset(split, file.text_sha256, context=split)
+                started, first = time.perf_counter(), state.step
                 loop(config, state, data, folder, tracker)
+                seconds = time.perf_counter() - started
                 summary = finish(config, state, data, tokenizer, out, reports)
+                write_facts(work / "runs", out, summary, seconds if first == 0 else None, device)
                 tracker.set_tags({MODEL_TAG: sha256_file(out / "model.safetensors")})
                 tracker.log_artifact(reports)
             clear_states(folder)
@@ -133,6 +138,18 @@ def finish(
     write_atomic(reports / "valid.csv", to_csv(state.valid_rows))
     write_json(reports / "summary.json", summary)
     return summary
+
+
+def write_facts(folder: Path, out: Path, summary: dict[str, Any], seconds: float | None, device: torch.device) -> None:
+    """What depends on the machine and not on the settings, for `smallgpt.results`; no time for a resumed run."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    facts = {
+        "hardware": gpu or describe_machine(),
+        "torch": torch.__version__,
+        "seconds": seconds and round(seconds, 1),
+        "tokens_per_second": seconds and round(summary["tokens_seen"] / seconds, 1),
+    }
+    write_json(folder / f"{sha256_file(out / 'model.safetensors')[:16]}.json", facts)
 
 
 class GPTTrainer:

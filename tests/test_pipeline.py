@@ -22,6 +22,7 @@ STAGES = ("prepare", "tokenize", "train", "evaluate", "export")
 NO_DEPS = {
     "tracking.py",  # a mirror of the run
     "cli.py",  # exit codes
+    "machine.py",  # the name of the processor, for files outside DVC
     "__init__.py",  # lazy names
 }
 NO_DEPS_OF = {
@@ -34,12 +35,12 @@ NO_DEPS_OF = {
 
 LEVELS = [
     {"files", "cli", "sampling", "stories", "tracking", "download", "score"},
-    {"config", "tokenizer", "bundle", "options"},
+    {"config", "tokenizer", "bundle", "options", "machine"},
     {"tokens", "checkpoint", "corpus", "optim", "generation", "runtime", "graph"},
     {"beams"},
     {"decode", "repl"},
     {"model", "ort_generate"},
-    {"evaluate", "state", "generate", "interop"},
+    {"evaluate", "state", "generate", "interop", "results"},
     {"loop", "export"},
     {"train"},
 ]
