@@ -50,9 +50,10 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
     Beams do not draw: temperature, top_k, top_p, min_p and the seed do not act. Each step's text is the part that
     running beams and finished hypotheses share, so it is never taken back. Results are at most
     config.num_return_sequences. The model's rows are taken over. Raises ValueError for an empty prompt, one that does
-    not fit into the context, and when the settings forbid every token.
+    not fit into the context, ids outside the vocabulary, and when the settings forbid every token.
     """
     check_prompt(model, prompt)
+    config.check_ids(model.tokenizer.vocab_size)
     tokenizer, beams = model.tokenizer, config.num_beams
     banned = [*tokenizer.banned_ids, *([tokenizer.eos_id] if config.ignore_eos else [])]
     ends = [tokenizer.eos_id, *config.stop_token_ids]

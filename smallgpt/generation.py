@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from smallgpt.sampling import GenerationConfig, log_softmax, sample
+from smallgpt.speculation import Speculation
 from smallgpt.tokenizer import TextStream, Tokenizer
 
 Finish = Literal["eos", "stop", "length", "time", "interrupted"]
@@ -62,9 +63,14 @@ class _Row:
 
 
 def check_prompt(model: Decoder, prompt: Sequence[int]) -> None:
-    """Raise ValueError when a prompt is empty or does not fit into the context."""
+    """Raise ValueError when a prompt is empty, does not fit into the context or holds an unknown id."""
     if not 0 < len(prompt) <= model.max_seq_len:
         raise ValueError(f"the prompt has {len(prompt)} tokens; between 1 and {model.max_seq_len} fit into the context")
+    if min(prompt) < 0 or max(prompt) >= model.tokenizer.vocab_size:
+        raise ValueError(
+            f"the prompt has ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to "
+            f"{model.tokenizer.vocab_size - 1}"
+        )
 
 
 def new_tokens(config: GenerationConfig, prompt: Sequence[int], tokenizer: Tokenizer) -> int:
@@ -92,14 +98,13 @@ def generate(
     determine the samples together with the seed. A model works on one batch at a time: a second call ends the
     first one's. See `Batch` for `logprobs` and `speculate`.
 
-    Raises ValueError for an empty prompt or one longer than the context.
+    Raises ValueError for an empty prompt, one longer than the context, and ids outside the vocabulary.
     """
+    if not prompts:
+        return iter([])
     for prompt in prompts:
         check_prompt(model, prompt)
-    longest = max(map(len, prompts), default=0)
-    capacity = min(model.max_seq_len, longest + config.max_new_tokens)
-    if not prompts or not config.max_new_tokens:
-        return iter([])
+    capacity = min(model.max_seq_len, max(map(len, prompts)) + config.max_new_tokens)
     batch = Batch(model, len(prompts), capacity=capacity, speculate=speculate, slide=slide)
     for i, prompt in enumerate(prompts):
         batch.add(i, prompt, config, number=i if sequences is None else sequences[i], logprobs=logprobs)
@@ -136,7 +141,7 @@ class Batch:
         self.rows = rows
         self.speculation = Speculation(speculate)
         self._waiting: deque[_Row] = deque()
-        self._empty: list[_Row] = []  # those that may not get a single token
+        self._empty: deque[_Row] = deque()  # those that may not get a single token
         self._running: list[_Row] = []  # the i-th one is row i of the model
         model.reserve(rows + rows % 2 if even else rows, self.capacity)
 
@@ -154,12 +159,15 @@ class Batch:
         number: int = 0,
         logprobs: int | None = None,
     ) -> None:
-        """Let a sequence wait for a row: `prompt` ids, `number` for its random numbers.
+        """Let a sequence wait for a row: a `key` no other has, `prompt` ids, `number` for its random numbers.
 
-        `logprobs` asks for the token's log-probability and those of so many most likely tokens. config.num_beams and
-        num_return_sequences do not act here.
+        `logprobs` asks for the token's log-probability and those of so many most likely tokens. config.max_time
+        counts from here. config.num_beams and num_return_sequences do not act here.
         """
         check_prompt(self.model, prompt)
+        config.check_ids(self.model.tokenizer.vocab_size)
+        if len(prompt) > self.capacity:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; this batch has room for {self.capacity}")
         tokenizer = self.model.tokenizer
         banned = [*tokenizer.banned_ids, *([tokenizer.eos_id] if config.ignore_eos else [])]
         ends = [tokenizer.eos_id, *config.stop_token_ids]
@@ -170,10 +178,11 @@ class Batch:
 
     def cancel(self, key: Hashable) -> Piece | None:
         """Take a sequence out; its last piece has the text that was held back. None if it is not here."""
-        for row in self._waiting:
-            if row.key == key:
-                self._waiting.remove(row)
-                return Piece(key, None, "", "interrupted")
+        for queue in (self._empty, self._waiting):
+            for row in queue:
+                if row.key == key:
+                    queue.remove(row)
+                    return Piece(key, None, "", "interrupted")
         for i, row in enumerate(self._running):
             if row.key == key:
                 self._leave([i])
@@ -183,7 +192,7 @@ class Batch:
     def step(self) -> list[Piece]:
         """Give every running sequence a token (or, when it guessed right, several), and let waiting ones start."""
         pieces = [Piece(row.key, None, "", "length") for row in self._empty]
-        self._empty = []
+        self._empty.clear()
         running = len(self._running)
         joining = [self._waiting.popleft() for _ in range(min(self.rows - running, len(self._waiting)))]
         if running == 1 and not joining and self.speculation.size:
@@ -205,26 +214,25 @@ class Batch:
     def _plain_step(self) -> list[Piece]:
         rows = self._running
         for i, row in enumerate(rows):
-            if len(row.ids) > self.capacity:  # it may slide, or it would have ended
-                tail = np.array([row.ids[-(self.model.max_seq_len // 2) : -1]])
+            if self.model.lengths[i] >= self.capacity:  # it may slide, or it would have ended
+                tail = np.array([row.ids[-max(2, self.capacity // 2) : -1]])
                 self.model.fill(i, tail, np.array([tail.shape[1]]))
         count = len(rows) + (len(rows) % 2 if self.even else 0)
         tokens = np.zeros(count, np.int64)
         tokens[: len(rows)] = [row.ids[-1] for row in rows]
         if count > len(rows):
-            self.model.lengths[-1] = 0  # the row that only makes the number even
+            self.model.lengths[len(rows)] = 0  # the row that only makes the number even
         logits = self.model.step(tokens)
         return [self._draw(row, logits[i]) for i, row in enumerate(rows)]
 
     def _speculative_step(self, row: _Row) -> list[Piece]:
-        room = min(self.capacity - len(row.ids), row.limit - row.position - 1)
-        guess = self.speculation.propose(row.ids, room) if room > 0 else []
         begin = time.perf_counter()
+        before = int(self.model.lengths[0])
+        guess = self.speculation.propose(row.ids, min(self.capacity - before, row.limit - row.position) - 1)
         if not guess:
             pieces = self._plain_step()
             self.speculation.plain(time.perf_counter() - begin)
             return pieces
-        before = int(self.model.lengths[0])
         logits = self.model.extend(0, [row.ids[-1], *guess])
         pieces = []
         for i, guessed in enumerate([*guess, None]):
@@ -259,7 +267,7 @@ class Batch:
             text = row.stream.feed(token)
             if row.stream.stopped:
                 finish = "stop"
-            elif row.position >= row.limit or (len(row.ids) > self.model.max_seq_len and not self.slide):
+            elif row.position >= row.limit or (len(row.ids) > self.capacity and not self.slide):
                 finish = "length"
             elif config.max_time and time.perf_counter() - row.started > config.max_time:
                 finish = "time"
@@ -286,51 +294,3 @@ def logprobs_of(logits: np.ndarray, token: int, count: int) -> tuple[float, tupl
     best = np.argpartition(-logprobs, count - 1)[:count] if count else np.zeros(0, np.int64)
     best = best[np.lexsort((best, -logprobs[best]))]
     return float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in best)
-
-
-class Speculation:
-    """Prompt lookup (Saxena 2023): guess that what followed the last words earlier follows them again.
-
-    Guessing pays when the time of a checked guess, divided by the tokens that it gives, is below that of a plain
-    step. Both are measured while decoding; when it does not pay, a guess is tried only so seldom that it cannot cost
-    more than two percent.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.proposed = self.accepted = 0
-        self._plain_time = self._checked_time = 0.0  # seconds, moving averages
-        self._gain = float(size)  # tokens that a guess gives beside the one that every step gives
-        self._pause = 0
-
-    def propose(self, ids: Sequence[int], room: int) -> list[int]:
-        """What followed the latest earlier occurrence of the last 3 tokens, else 2; empty when it does not pay."""
-        if self._pause:
-            self._pause -= 1
-            return []
-        if not self._plain_time:  # the first steps measure what a plain one takes
-            return []
-        text = np.asarray(ids)
-        for size in (3, 2):
-            if len(text) <= size:
-                continue
-            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], size)
-            found = np.flatnonzero((windows == text[-size:]).all(axis=1))
-            if len(found):
-                start = int(found[-1]) + size
-                return [int(token) for token in text[start : start + min(self.size, room)]]
-        return []
-
-    def plain(self, seconds: float) -> None:
-        """Learn from a plain step."""
-        self._plain_time = 0.9 * self._plain_time + 0.1 * seconds if self._plain_time else seconds
-
-    def checked(self, proposed: int, accepted: int, seconds: float) -> None:
-        """Learn from a guess that was checked."""
-        self.proposed += proposed
-        self.accepted += accepted
-        self._checked_time = 0.7 * self._checked_time + 0.3 * seconds if self._checked_time else seconds
-        self._gain = 0.7 * self._gain + 0.3 * accepted
-        loss = self._checked_time - (1 + self._gain) * self._plain_time
-        if loss > 0:
-            self._pause = int(50 * loss / self._plain_time) + 1

@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import secrets
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from smallgpt import __version__
 from smallgpt.sampling import GenerationConfig
@@ -17,35 +19,45 @@ ENVIRONMENT = "SMALLGPT_"  # SMALLGPT_TEMPERATURE=0.5 stands for --temperature 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; what it does not give is None for a setting of `GenerationConfig`."""
+    """Read the command line; what it does not give is None for a setting of `GenerationConfig`.
+
+    Raises ValueError for what it does not understand.
+    """
     options = _parser().parse_args(arguments)
-    options.bundle = Path(options.model or options.bundle)
-    for name in ("device", "threads"):
-        if getattr(options, name) is None:
-            value = os.environ.get(f"{ENVIRONMENT}{name.upper()}") or {"device": "auto", "threads": "0"}[name]
-            setattr(options, name, value if name == "device" else _whole(value, f"{ENVIRONMENT}THREADS"))
+    if options.model and options.bundle:
+        raise ValueError(f"the bundle is named twice: {options.bundle} and --model {options.model}")
+    options.origin = {"bundle": "command line" if options.model or options.bundle else "default"}
+    options.bundle = Path(options.model or options.bundle or "exports/fp32")
+    for name, default in (("device", "auto"), ("threads", "0")):
+        given, text = getattr(options, name), os.environ.get(ENVIRONMENT + name.upper())
+        options.origin[name] = "command line" if given is not None else "environment" if text else "default"
+        setattr(options, name, text or default if given is None else given)
+    if not re.fullmatch(r"\d+", options.threads):
+        raise ValueError(f"--threads is {options.threads}; it must be a whole number of at least 0")
+    options.threads = int(options.threads)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
         raise ValueError(f"--device is {options.device!r}; it must be auto, cpu, cuda or cuda:N")
-    if options.max_new_tokens is not None and options.max_new_tokens < 0:
-        if options.max_new_tokens != -1:
-            raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 0, or -1 for no limit")
-        options.max_new_tokens = 2**31
-    if options.seed == -1:
-        options.seed = secrets.randbelow(2**32)
-    if options.escape and options.prompt is not None:
-        options.prompt = _unescape(options.prompt)
-    if options.speculate and (options.batch_file or (options.num_beams or 1) > 1):
-        raise ValueError("--speculate works for one sequence at a time: leave out --batch-file and --num-beams")
+    if options.logprobs is not None and not (options.json or options.jsonl):
+        raise ValueError("--logprobs needs --json or --jsonl to be written to")
+    if options.escape:
+        options.prompt = options.prompt and unescape(options.prompt)
+        options.stop = options.stop and [unescape(text) for text in options.stop]
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line in place of the usage and a line."""
+        raise ValueError(f"{message}; --help lists the options")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m smallgpt.ort_generate",
         description="Continue a prompt with a bundle. stdout carries the text and nothing else.",
         epilog=f"Every setting can also stand in the environment: {ENVIRONMENT}TEMPERATURE=0.5.",
     )
-    parser.add_argument("bundle", nargs="?", default="exports/fp32", help="default: exports/fp32")
+    parser.add_argument("bundle", nargs="?", help="default: exports/fp32")
     parser.add_argument("-m", "--model", metavar="BUNDLE", help="the same")
     parser.add_argument("--version", action="version", version=f"smallgpt {__version__}")
 
@@ -57,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("-i", "--interactive", action="store_true", help="a session in the terminal; /help lists more")
     source.add_argument("--score", type=Path, metavar="FILE", help="nats, bits/byte and perplexity of a text or .jsonl")
     add = group.add_argument
-    add("-e", "--escape", action="store_true", help="read \\n, \\t, \\\\ and \\uXXXX in --prompt")
+    add("-e", "--escape", action="store_true", help="read \\n, \\t, \\\\ and \\uXXXX in --prompt, --stop and -i")
     add("--truncate", choices=["left"], help="cut the beginning off a prompt that does not fit; else it is an error")
 
     add = parser.add_argument_group("settings (defaults: the bundle's generation_config.json)").add_argument
@@ -85,24 +97,33 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-return-sequences", "--num-samples", type=int)
     add("-s", "--seed", type=int, help="-1, the default, is a random one, reported on stderr")
     add("--context-overflow", choices=["stop", "slide"], default="stop", help="slide: read the last half again")
-    add("--speculate", type=int, default=0, metavar="N", help="guess up to N tokens from earlier text and check them")
+    add(
+        "--speculate",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="guess up to N tokens from earlier text and check them",
+    )
 
-    add = parser.add_argument_group("output").add_argument
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--stream", action=argparse.BooleanOptionalAction, default=True, help="write the text as it comes")
     add("--echo", "--display-prompt", action="store_true", help="write the prompt before its continuation")
     add("-o", "--output", type=Path, help="write to this file in place of stdout")
-    add("--json", action="store_true", help="one JSON object with texts, ids, reasons, seed and timings")
-    add("--jsonl", action="store_true", help="a line of JSON for each sequence")
-    add("--logprobs", type=int, metavar="N", help="with --json or --jsonl: log-probabilities, also of the N best")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object with texts, ids, reasons, seed and timings")
+    form.add_argument("--jsonl", action="store_true", help="a line of JSON for each sequence")
+    logprobs = _at_least(0)
+    add("--logprobs", type=logprobs, metavar="N", help="with JSON: log-probabilities of the tokens and of the N best")
     add("-q", "--quiet", action="store_true", help="no timings")
     add("--no-perf", action="store_true", dest="quiet", help="the same")
     add("-v", "--verbose", action="store_true", help="say what is loaded")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="auto, cpu, cuda or cuda:N")
-    add("-t", "--threads", type=int, help="default: all processors, at most 8")
+    add("-t", "--threads", metavar="N", help="default: all processors, at most 8")
     add("--warmup", action="store_true", help="run a token before the clock starts")
-    add("--batch-size", type=int, default=8, help="sequences that are decoded together (default: 8)")
+    add("--batch-size", type=_at_least(1), default=8, help="sequences that are decoded together (default: 8)")
     add("--verify", action="store_true", help="first recompute the certificate's golden logits")
     add("--list-devices", action="store_true", help="say what this machine can run on, and leave")
     add("--print-config", action="store_true", help="say every setting and where it came from, and leave")
@@ -112,25 +133,34 @@ def _parser() -> argparse.ArgumentParser:
 def settings(options: argparse.Namespace, bundle: GenerationConfig) -> tuple[GenerationConfig, dict[str, str]]:
     """The bundle's defaults, overridden by the environment and then by the command line; and each value's origin.
 
-    A seed that is not given is drawn. Raises ValueError for a value out of range.
+    A seed that is not given, or -1, is drawn. Raises ValueError for a value out of range.
     """
-    values = {**bundle.to_dict(), "seed": secrets.randbelow(2**32)}
-    origin = {name: "bundle" for name in SETTINGS} | {"seed": "random"}
+    values = {**bundle.to_dict(), "seed": -1}
+    origin = {name: "bundle" for name in SETTINGS}
     for name in SETTINGS:
         text = os.environ.get(ENVIRONMENT + name.upper())
-        if text is not None:
+        if text:
             values[name], origin[name] = _from_text(name, text), "environment"
         given = getattr(options, name)
         if given is not None:
             values[name], origin[name] = dict(given) if name == "logit_bias" else given, "command line"
-    return GenerationConfig.from_dict(values), origin
+    if values["seed"] == -1:
+        origin["seed"] = "random"
+    return GenerationConfig.from_dict({name: _meant(name, value) for name, value in values.items()}), origin
 
 
 def convert(name: str, text: str) -> Any:
     """A setting's value from text; ValueError names the setting."""
     if name not in SETTINGS:
         GenerationConfig.from_dict({name: text})  # raises with the closest name
-    return _from_text(name, text)
+    return _meant(name, _from_text(name, text))
+
+
+def _meant(name: str, value: Any) -> Any:
+    """-1 new tokens are as many as fit, the seed -1 is a random one."""
+    if value == -1 and name == "max_new_tokens":
+        return 2**31
+    return secrets.randbelow(2**32) if value == -1 and name == "seed" else value
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -141,9 +171,9 @@ def _from_text(name: str, text: str) -> Any:
         if name == "logit_bias":
             return dict(_bias(part) for part in text.split(",") if part)
         if name == "stop":
-            return [text]
+            return [text] if text else []
         if name == "stop_token_ids":
-            return [int(part) for part in text.split(",")]
+            return [int(part) for part in text.split(",") if part]
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return type(default)(text)
@@ -151,10 +181,13 @@ def _from_text(name: str, text: str) -> Any:
         raise ValueError(f"{name} is {text!r}, which is no value for it") from None
 
 
-def _whole(text: str, name: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{name} is {text!r}; it must be a whole number")
-    return int(text)
+def _at_least(low: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {low}")
+        return int(text)
+
+    return read
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -173,11 +206,61 @@ def _early_stopping(text: str) -> bool | str:
         raise argparse.ArgumentTypeError(f"{text!r} is not true, false or never") from None
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
     """Read the escapes of JSON strings."""
     known = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
     def read(match: re.Match[str]) -> str:
         return chr(int(match[1], 16)) if match[1] else known.get(match[2], match[0])
 
-    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", read, text, flags=re.S)
+    text = re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", read, text, flags=re.S)
+    # Two escapes can stand for one character beyond the first 65,536.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts from -p, -f, --batch-file or a stdin that is no terminal; ValueError where there is none."""
+    if options.batch_file is not None:
+        text = read_text(options.batch_file)
+        if options.batch_file.suffix == ".jsonl":
+            prompts = json_fields(text, options.batch_file, "prompt")
+        else:
+            prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+        if not prompts:
+            raise ValueError(f"{options.batch_file} holds no prompt")
+        return prompts
+    if options.prompt is not None and options.prompt != "-":
+        return [options.prompt]
+    if options.file is not None:
+        return [read_text(options.file)]
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("there is no prompt; give one with -p, with -f FILE or on stdin")
+    # One newline at the end of stdin is not part of the prompt.
+    return [_decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")]
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file; ValueError names the first byte that is none."""
+    return _decode(path.read_bytes(), str(path))
+
+
+def _decode(data: bytes, origin: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{origin} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+
+
+def json_fields(text: str, path: Path, name: str) -> list[str]:
+    """The text `name` of each line of a .jsonl; empty lines are passed over."""
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)[name]
+            except (ValueError, KeyError, TypeError):
+                value = None
+            if not isinstance(value, str):
+                raise ValueError(f"{path}, line {number}: expected a JSON object with a text `{name}`")
+            found.append(value)
+    return found

@@ -5,7 +5,8 @@ stdout carries the generated text and nothing else; timings, the seed and warnin
 
 import argparse
 import json
-import logging
+import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,25 +16,32 @@ from typing import Any, NoReturn
 
 from smallgpt import cli
 from smallgpt.beams import beam_search
+from smallgpt.bundle import load_bundle
 from smallgpt.files import write_atomic
 from smallgpt.generation import Batch, Finish, Piece, check_prompt
-from smallgpt.options import parse, settings
+from smallgpt.options import json_fields, parse, read_prompts, read_text, settings
 from smallgpt.runtime import OrtGPT, check_golden, missing_for_cuda
 from smallgpt.sampling import GenerationConfig
 from smallgpt.score import count_words, score_with, summarize
-
-log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: see `--help`."""
     options = parse(arguments)
+    sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
     if options.list_devices:
         print(f"cpu: {cli.processors()} processors\ncuda: {missing_for_cuda() or 'available'}")
         return 0
-    prompts = None if options.interactive or options.score or options.print_config else _prompts(options)
+    if options.output:
+        _check_writable(options.output)
+    if options.print_config:
+        _deliver(_described_settings(options), options)
+        return 0
     if options.interactive and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ValueError("--interactive needs a terminal; give a prompt with -p, with -f FILE or on stdin")
+    from_stdin = options.prompt is None and options.file is None and options.batch_file is None
+    without = options.interactive or options.score or (options.verify and from_stdin)
+    prompts = [] if without else read_prompts(options)
     started = time.perf_counter()
     model = OrtGPT(options.bundle, device=options.device, threads=options.threads)
     if options.verify:
@@ -44,25 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = time.perf_counter() - started
     if options.verbose:
         print(_described(model), file=sys.stderr)
-    config, origin = settings(options, model.bundle.generation())
-    if options.print_config:
-        values = config.to_dict()
-        _deliver("".join(f"{name} = {json.dumps(values[name])}  ({origin[name]})\n" for name in values), options)
-        return 0
     if options.score:
         _deliver(json.dumps(score_file(model, options.score), indent=2) + "\n", options)
         return 0
+    config, origin = settings(options, model.bundle.generation())
     if options.interactive:
         from smallgpt.repl import Session
 
-        return Session(model, config, slide=options.context_overflow == "slide").run()
-    if prompts is None:
+        slide = options.context_overflow == "slide"
+        return Session(model, config, slide=slide, speculate=options.speculate, escape=options.escape).run()
+    if not prompts:
         return 0
     work = Work(model, config, [Prompt(text, _ids(model, text, config, options)) for text in prompts])
-    needs_seed = config.temperature and config.num_beams == 1
-    if needs_seed and (origin["seed"] == "random" or options.seed is None or not options.quiet):
+    _check_together(options, work)
+    if config.temperature and config.num_beams == 1 and (origin["seed"] == "random" or not options.quiet):
         print(f"seed: {config.seed}", file=sys.stderr)
-    sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
     live = options.stream and not (options.json or options.jsonl or options.output) and work.total == 1
     if live and options.echo:
         _write(prompts[0])
@@ -74,6 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.quiet and not code:
         print(work.report(load), file=sys.stderr)
     return code
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ValueError before any work is done for a file that cannot be written after it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output is {path}, which cannot be written; name another file")
+
+
+def _check_together(options: argparse.Namespace, work: "Work") -> None:
+    """Raise ValueError for options that do not act together."""
+    if work.config.num_beams > 1:
+        slide = options.context_overflow == "slide"
+        names = {"--speculate": options.speculate, "--context-overflow slide": slide}
+        names["--logprobs"] = options.logprobs is not None
+        for name in (name for name, given in names.items() if given):
+            raise ValueError(f"{name} does not act in beam search; leave it out, or set --num-beams 1")
+    if options.speculate and work.total > 1 and options.batch_size > 1:
+        raise ValueError("--speculate works on one sequence at a time; set --batch-size 1")
 
 
 @dataclass(frozen=True)
@@ -133,35 +156,50 @@ class Work:
             speculate=options.speculate,
             slide=options.context_overflow == "slide",
         )
+
+        def take(piece: Piece) -> None:
+            result = self.results[piece.sequence]
+            result.text += piece.text
+            result.finish = piece.finish or result.finish
+            if piece.token is not None:
+                self.first = self.first or time.perf_counter() - begun
+                self.tokens += 1
+                result.ids.append(piece.token)
+                result.pieces.append(piece)
+            if write:
+                write(piece.text)
+
         for key, result in enumerate(self.results):
             batch.add(key, self.prompts[result.prompt].ids, self.config, number=result.index, logprobs=options.logprobs)
-        while batch.busy:
-            for piece in batch.step():
-                self.first = self.first or time.perf_counter() - begun
-                result = self.results[piece.sequence]
-                result.text += piece.text
-                if piece.token is not None:
-                    self.tokens += 1
-                    result.ids.append(piece.token)
-                    result.pieces.append(piece)
-                result.finish = piece.finish or result.finish
-                if write:
-                    write(piece.text)
-        if options.speculate and batch.speculation.proposed:
-            share = batch.speculation.accepted / batch.speculation.proposed
-            self.speculation = f" | {batch.speculation.proposed} tokens guessed, {share:.0%} right"
+        try:
+            while batch.busy:
+                for piece in batch.step():
+                    take(piece)
+        except KeyboardInterrupt:
+            for piece in filter(None, map(batch.cancel, range(self.total))):  # the text that was held back
+                take(piece)
+            raise
+        if options.speculate:
+            guesses = batch.speculation
+            share = f", {guesses.accepted / guesses.proposed:.0%} right" if guesses.proposed else ""
+            self.speculation = f" | {guesses.proposed} tokens guessed{share}"
 
     def _beams(self, begun: float, write: Any) -> None:
-        count = self.config.num_return_sequences
+        count, results = self.config.num_return_sequences, self.results
+        self.results = []
         for p, prompt in enumerate(self.prompts):
+            mine = results[p * count : (p + 1) * count]
+            self.results += mine[:1]  # the others exist from the end on
             for step in beam_search(self.model, prompt.ids, self.config):
                 self.first = self.first or time.perf_counter() - begun
+                mine[0].text += step.text
                 if write:
                     write(step.text)
-                for result, found in zip(self.results[p * count : (p + 1) * count], step.done, strict=False):
-                    result.text, result.ids, result.finish = found.text, list(found.ids), found.finish
-                    result.score = found.score
-                    self.tokens += len(found.ids)
+            for result, found in zip(mine, step.done, strict=False):
+                result.text, result.ids, result.finish = found.text, list(found.ids), found.finish
+                result.score = found.score
+                self.tokens += len(found.ids)
+            self.results += mine[1 : len(step.done)]
 
     def report(self, load: float) -> str:
         """The figures of the call in one line."""
@@ -180,8 +218,8 @@ def score_file(model: OrtGPT, path: Path) -> dict[str, Any]:
     Each document is followed by `<|eos|>`, which is scored too; windows do not overlap, the `sliding_` figures have a
     stride of half the context. Raises ValueError for an empty file.
     """
-    text = _read(path)
-    documents = _fields(text, path, "text") if path.suffix == ".jsonl" else [text]
+    text = read_text(path)
+    documents = json_fields(text, path, "text") if path.suffix == ".jsonl" else [text]
     if not any(documents):
         raise ValueError(f"{path} holds no text")
     eos, context = model.tokenizer.eos_id, model.max_seq_len
@@ -198,34 +236,13 @@ def score_file(model: OrtGPT, path: Path) -> dict[str, Any]:
     return figures
 
 
-def _prompts(options: argparse.Namespace) -> list[str] | None:
-    """The prompts from -p, -f, --batch-file or a stdin that is no terminal; None where only --verify is wanted."""
-    if options.batch_file is not None:
-        text = _read(options.batch_file)
-        jsonl = options.batch_file.suffix == ".jsonl"
-        prompts = _fields(text, options.batch_file, "prompt") if jsonl else text.splitlines()
-        if not prompts:
-            raise ValueError(f"{options.batch_file} holds no prompt")
-        return prompts
-    if options.prompt is not None and options.prompt != "-":
-        return [options.prompt]
-    if options.file is not None:
-        return [_read(options.file)]
-    if sys.stdin is None or sys.stdin.isatty() or (options.verify and options.prompt is None):
-        if options.verify:
-            return None
-        raise ValueError("there is no prompt; give one with -p, with -f FILE or on stdin")
-    # One newline at the end of stdin is not part of the prompt.
-    return [_decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")]
-
-
 def _ids(model: OrtGPT, text: str, config: GenerationConfig, options: argparse.Namespace) -> list[int]:
     """A prompt's ids: a text starts after `<|eos|>`, as in training. Raises ValueError when it does not fit."""
     ids, limit = model.tokenizer.encode(text), model.max_seq_len
     if options.truncate and len(ids) + 1 > limit:
         kept = max(limit // 2, limit - config.max_new_tokens) - 1
         print(f"the prompt has {len(ids)} tokens; only the last {kept} are read", file=sys.stderr)
-        ids = ids[-kept:]
+        ids = ids[len(ids) - kept :]
     ids = [model.tokenizer.eos_id, *ids]
     try:
         check_prompt(model, ids)
@@ -272,7 +289,9 @@ def _render(work: Work, options: argparse.Namespace, load: float) -> str:
         "tokens": work.tokens,
         "seconds": {name: round(value, 4) for name, value in timings.items()},
     }
-    return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"
+    # Lists of numbers on one line; a line break in JSON is never inside a text.
+    lines = json.dumps(whole, ensure_ascii=False, indent=2)
+    return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), lines) + "\n"
 
 
 def _described(model: OrtGPT) -> str:
@@ -284,39 +303,21 @@ def _described(model: OrtGPT) -> str:
     )
 
 
+def _described_settings(options: argparse.Namespace) -> str:
+    """A line for each setting, with its origin."""
+    config, origin = settings(options, load_bundle(options.bundle, verify=False).generation())
+    values = {"bundle": str(options.bundle), "device": options.device, "threads": options.threads}
+    origins = options.origin | origin
+    rows = (values | config.to_dict()).items()
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}  ({origins[name]})\n" for name, value in rows)
+
+
 def _deliver(text: str, options: argparse.Namespace) -> None:
     """Write the product to stdout or to the file of --output."""
     if options.output:
         write_atomic(options.output, text)
     else:
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
         _write(text)
-
-
-def _fields(text: str, path: Path, name: str) -> list[str]:
-    """One text from each line of a .jsonl."""
-    found = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)[name]
-            except (ValueError, KeyError, TypeError):
-                value = None
-            if not isinstance(value, str):
-                raise ValueError(f"{path}, line {number}: expected a JSON object with a text `{name}`")
-            found.append(value)
-    return found
-
-
-def _read(path: Path) -> str:
-    return _decode(path.read_bytes(), str(path))
-
-
-def _decode(data: bytes, origin: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{origin} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
 
 
 def _write(text: str) -> None:

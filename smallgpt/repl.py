@@ -9,8 +9,8 @@ from pathlib import Path
 
 from smallgpt.beams import beam_search
 from smallgpt.files import write_atomic
-from smallgpt.generation import generate
-from smallgpt.options import SETTINGS, convert
+from smallgpt.generation import Batch
+from smallgpt.options import convert, unescape
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
 
@@ -28,8 +28,16 @@ HELP = """Type a text and the model goes on from all that was written so far; an
 class Session:
     """One interactive session. What the user types is read by `input`, so the terminal's line editing works."""
 
-    def __init__(self, model: OrtGPT, config: GenerationConfig, *, slide: bool = False) -> None:
-        self.model, self.config, self.slide = model, config, slide
+    def __init__(
+        self,
+        model: OrtGPT,
+        config: GenerationConfig,
+        *,
+        slide: bool = False,
+        speculate: int = 0,
+        escape: bool = False,
+    ) -> None:
+        self.model, self.config, self.slide, self.speculate, self.escape = model, config, slide, speculate, escape
         self.text = ""  # all that was written so far
         self.before = ""  # the same before the last continuation
         self.turn = 0  # the sequence number of the next continuation
@@ -58,7 +66,7 @@ class Session:
                 return 0
             command, _, value = line[1:].partition(" ")
             if not line.startswith("/"):
-                self.before = self.text = self.text + line
+                self.before = self.text = self.text + (unescape(line) if self.escape else line)
                 self.go_on()
             elif command in ("exit", "quit"):
                 return 0
@@ -83,17 +91,9 @@ class Session:
         ids = ids[-(limit // 2) :] if len(ids) > limit else ids
         begun, finish = time.perf_counter(), ""
         try:
-            if self.config.num_beams > 1:
-                for step in beam_search(self.model, ids, self.config):
-                    self.show(step.text)
-                    self.tokens += max((len(found.ids) for found in step.done[:1]), default=0)
-            else:
-                for pieces in generate(self.model, [ids], self.config, sequences=[self.turn], slide=self.slide):
-                    self.tokens += 1
-                    self.show(pieces[0].text)
-                    finish = pieces[0].finish or finish
+            finish = self.search(ids) if self.config.num_beams > 1 else self.sample(ids)
         except KeyboardInterrupt:
-            finish = "interrupted"
+            pass
         except ValueError as error:
             self.say(f"error: {error}")
         self.turn += 1
@@ -101,6 +101,30 @@ class Session:
         print()
         if finish == "eos":
             self.say("(the text is complete; /reset begins another one)")
+
+    def sample(self, ids: list[int]) -> str:
+        """Show a sampled continuation; why it ended."""
+        batch = Batch(self.model, 1, speculate=self.speculate, slide=self.slide)
+        batch.add(0, ids, self.config, number=self.turn)
+        finish = ""
+        try:
+            while batch.busy:
+                for piece in batch.step():
+                    self.tokens += piece.token is not None
+                    finish = piece.finish or ""
+                    self.show(piece.text)
+        except KeyboardInterrupt:
+            last = batch.cancel(0)
+            self.show(last.text if last else "")  # what was held back
+            raise
+        return finish
+
+    def search(self, ids: list[int]) -> str:
+        """Show what beam search finds; why it ended."""
+        for step in beam_search(self.model, ids, self.config):
+            self.show(step.text)
+        self.tokens += len(step.done[0].ids)
+        return step.done[0].finish
 
     def show(self, text: str) -> None:
         self.text += text
@@ -114,7 +138,6 @@ class Session:
             return
         name = {"temp": "temperature"}.get(name.replace("-", "_"), name.replace("-", "_"))
         self.config = dataclasses.replace(self.config, **{name: convert(name, value.strip())})
-        assert name in SETTINGS
         if name == "seed":
             self.turn = 0
         self.say(f"{name} = {getattr(self.config, name)}")

@@ -7,6 +7,7 @@ penalty, n-gram block, minimum length, temperature, top-k, top-p, min-p.
 """
 
 import difflib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -107,6 +108,12 @@ class GenerationConfig:
                 raise ValueError(f"unknown parameter {name}; {hint}")
         return cls(**values)
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise ValueError for a token id that a vocabulary of this size does not have."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            if ids and max(ids) >= vocab_size:
+                raise ValueError(f"{name} names the token {max(ids)}; the vocabulary has 0 to {vocab_size - 1}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         bias = {str(token): value for token, value in self.logit_bias.items()}
@@ -139,8 +146,18 @@ def uniform(seed: int, sequence: int, position: int) -> float:
     Counter-based (Philox 4x64, Salmon et al. 2011): keyed by (seed, sequence) and counted by the position in
     the continuation, so a sample depends neither on the batch it is in nor on what was drawn before it.
     """
-    key = (int(seed) & (2**64 - 1)) | (int(sequence) << 64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=int(position))).random())
+    block, place = divmod(int(position), _BLOCK)
+    return float(_uniforms(int(seed), int(sequence), block)[place])
+
+
+_BLOCK = 64  # positions; starting a generator takes as long as drawing hundreds of numbers from it
+
+
+@functools.lru_cache(maxsize=1024)
+def _uniforms(seed: int, sequence: int, block: int) -> np.ndarray:
+    """The numbers of the positions from block * _BLOCK on; a count of Philox gives four, of which the first is used."""
+    philox = np.random.Philox(key=seed | (sequence << 64), counter=block * _BLOCK)
+    return np.random.Generator(philox).random(4 * _BLOCK)[::4]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -207,16 +224,17 @@ def penalize(
     banned: Sequence[int] = (),
     ends: Sequence[int] = (),
 ) -> np.ndarray:
-    """Logits (V,) after all processors that come before the temperature, as a new float64 array.
+    """Logits (V,) after all processors that come before the temperature, as a new array.
 
+    It has float64 where a processor changes values, and the type of `logits` where some are only forbidden.
     `previous` are the token ids so far, prompt included, `position` counts the tokens already drawn; `banned` ids
     are never drawn, `ends`, the ids that end a sequence, not before config.min_new_tokens.
     """
-    logits = logits.astype(np.float64)
+    changed = config.logit_bias or config.repetition_penalty != 1 or config.presence_penalty or config.frequency_penalty
+    logits = logits.astype(np.float64 if changed else logits.dtype)
     logits[list(banned)] = -np.inf
     if config.logit_bias:
-        known = [token for token in config.logit_bias if token < logits.size]
-        logits[known] += [config.logit_bias[token] for token in known]
+        logits[list(config.logit_bias)] += list(config.logit_bias.values())
     seen = previous if config.repeat_last_n < 0 else previous[max(0, len(previous) - config.repeat_last_n) :]
     if len(seen):
         if config.repetition_penalty != 1.0:
@@ -233,7 +251,7 @@ def penalize(
 def candidates(logits: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
     """What temperature, top-k, top-p and min-p leave of logits (V,): ascending ids (n,) and their logits (n,)."""
     ids = top_k_ids(logits, config.top_k or logits.size)
-    left = logits[ids] / config.temperature
+    left = logits[ids].astype(np.float64) / config.temperature
     if config.top_p < 1:
         kept = keep_top_p(left, config.top_p)
         ids, left = ids[kept], left[kept]
@@ -268,6 +286,5 @@ def sample(
         return best
     ids, left = candidates(logits, config)
     cumulative = np.cumsum(softmax(left))
-    threshold = uniform(config.seed, sequence, position) * cumulative[-1]
-    # A product that rounds up to the whole sum must not fall behind the last token.
-    return int(ids[min(np.searchsorted(cumulative, threshold, side="right"), len(ids) - 1)])
+    threshold = uniform(config.seed, sequence, position) * cumulative[-1]  # below the sum: uniform < 1 - 2**-54
+    return int(ids[np.searchsorted(cumulative, threshold, side="right")])

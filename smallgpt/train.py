@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from smallgpt.corpus import prepare, read_documents, split_names
 from smallgpt.distributed import Ranks, join_ranks
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
 from smallgpt.loop import loop
+from smallgpt.machine import describe_machine
 from smallgpt.model import SmallGPT
 from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state
 from smallgpt.tokenizer import Tokenizer
@@ -89,16 +91,18 @@ def train(
             tracker.log_params(config.model_dump(include={"model", "training"}))
             for split, file in data.items():
                 tracker.log_dataset(split, file.text_sha256, context=split)
+            started, first = time.perf_counter(), state.step
             loop(config, state, data, folder, tracker, ranks)
+            seconds = time.perf_counter() - started
             if ranks.first:
-                finish(config, state, data, tokenizer, out, reports)
+                summary = finish(config, state, data, tokenizer, out, reports)
+                write_facts(work / "runs", out, summary, seconds if first == 0 else None, device)
                 tracker.set_tags({MODEL_TAG: sha256_file(out / "model.safetensors")})
                 tracker.log_artifact(reports)
         if ranks.first:
             clear_states(folder)
         ranks.wait()
-        summary: dict[str, Any] = json.loads((reports / "summary.json").read_text(encoding="utf-8"))
-        return summary
+        return dict(json.loads((reports / "summary.json").read_text(encoding="utf-8")))
 
 
 @contextmanager
@@ -142,7 +146,7 @@ def check_tokens(data: dict[str, TokenFile], tokenizer: Tokenizer, config: Confi
 
 def finish(
     config: Config, state: TrainState, data: dict[str, TokenFile], tokenizer: Tokenizer, out: Path, reports: Path
-) -> None:
+) -> dict[str, Any]:
     """Write the model folder and the reports; nothing in them depends on the run, the time or the machine's speed."""
     seq_len = config.training.seq_len or config.model.max_seq_len
     per_step = config.training.batch_size * config.training.gradient_accumulation_steps * seq_len
@@ -164,6 +168,19 @@ def finish(
     write_atomic(reports / "train.csv", to_csv(state.train_rows))
     write_atomic(reports / "valid.csv", to_csv(state.valid_rows))
     write_json(reports / "summary.json", summary)
+    return summary
+
+
+def write_facts(folder: Path, out: Path, summary: dict[str, Any], seconds: float | None, device: torch.device) -> None:
+    """What depends on the machine and not on the settings, for `smallgpt.results`; no time for a resumed run."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    facts = {
+        "hardware": gpu or describe_machine(),
+        "torch": torch.__version__,
+        "seconds": seconds and round(seconds, 1),
+        "tokens_per_second": seconds and round(summary["tokens_seen"] / seconds, 1),
+    }
+    write_json(folder / f"{sha256_file(out / 'model.safetensors')[:16]}.json", facts)
 
 
 class GPTTrainer:

@@ -170,6 +170,11 @@ def test_wrong_values_name_key_value_and_remedy(section: str, key: str, value: A
     assert message.startswith(f"{section}.{key} is {shown!r}; {remedy}")
 
 
+def test_a_variant_is_exported_once() -> None:
+    message = "variants is ['fp32', 'fp16', 'fp32']; each may stand there once"
+    assert message in fault(export={"variants": ["fp32", "fp16", "fp32"]})
+
+
 def test_huge_numbers() -> None:
     assert fault(training={"learning_rate": "1e400"}) == "training.learning_rate is inf; it should be a finite number"
     assert fault(training={"learning_rate": 10**400}) == "training.learning_rate is inf; it should be a finite number"
@@ -260,6 +265,8 @@ def test_every_fault_has_its_line() -> None:
             "training:\n  batch_size: 012\n",
             "line 2: batch_size is 012, which reads as octal; drop the leading 0",
         ),
+        ("prepare: {source: 1:30}", "line 1: source is 1:30, which reads as a number of base 60; quote it"),
+        ("model:\n  dropout: -1:2:3\n", "line 2: dropout is -1:2:3, which reads as a number of base 60; quote it"),
         ("model: {dropout: -01}", "line 1: dropout is -01, which reads as octal; drop the leading 0"),
         (b"model: {dropout: 0.1} # \xff\n", "'utf-8' codec can't decode byte 0xff in position 24"),
         ("model: {dropout: 0.1\n", "while parsing a flow mapping"),

@@ -4,12 +4,14 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import smallgpt
 from smallgpt import SmallGPT, generate_text, load_config
-from smallgpt.decode import generate_ids, stream_text
+from smallgpt.decode import TorchDecoder, stream_text
+from smallgpt.generation import generate
 from smallgpt.sampling import GenerationConfig, sample
 from smallgpt.tokenizer import Tokenizer
 
@@ -25,6 +27,12 @@ def endless(models: dict[str, SmallGPT]) -> SmallGPT:
     with torch.no_grad():
         model.wte.weight[3] = 0
     return model
+
+
+def new_ids(model: SmallGPT, prompt: list[int], config: GenerationConfig, sequence: int = 0) -> list[int]:
+    """The ids that follow a prompt, without the `<|eos|>` that ends them."""
+    pieces = [step[0] for step in generate(TorchDecoder(model), [prompt], config, sequences=[sequence])]
+    return [piece.token for piece in pieces if piece.token is not None and piece.finish != "eos"]
 
 
 def uncached(model: SmallGPT, prompt: list[int]) -> Iterator[int]:
@@ -45,40 +53,40 @@ def uncached(model: SmallGPT, prompt: list[int]) -> Iterator[int]:
 def test_greedy_equals_the_uncached_loop(model: SmallGPT, tokenizer: Tokenizer, prompt: str) -> None:
     ids = [3, *tokenizer.encode(prompt)]
     expected = list(uncached(model, ids))
-    assert list(generate_ids(model, ids, GREEDY, tokenizer=tokenizer)) == expected
+    assert new_ids(model, ids, GREEDY) == expected
     assert "".join(stream_text(model, prompt, GREEDY)) == tokenizer.decode(expected)
 
 
 def test_eos_ends_and_other_control_ids_are_never_drawn(endless: SmallGPT, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("Ann saw")
-    greedy = list(generate_ids(endless, ids, GREEDY, tokenizer=tokenizer))
+    greedy = new_ids(endless, ids, GREEDY)
     with torch.no_grad():
         endless.wte.weight[:3] = 3 * endless.wte.weight[greedy[:3]]  # larger logits than any other
-    assert list(generate_ids(endless, ids, GREEDY, tokenizer=tokenizer)) == greedy
+    assert new_ids(endless, ids, GREEDY) == greedy
     with torch.no_grad():
         endless.wte.weight[3] = 1.01 * endless.wte.weight[greedy[4]]
     expected = list(uncached(endless, ids))
     assert expected == greedy[: len(expected)]
     assert 0 < len(expected) <= 4
-    assert list(generate_ids(endless, ids, GREEDY, tokenizer=tokenizer)) == expected
+    assert new_ids(endless, ids, GREEDY) == expected
 
 
 def test_the_context_is_used_to_its_end(endless: SmallGPT, tokenizer: Tokenizer) -> None:
     ids = [3, *tokenizer.encode("Ann saw")]
-    new = list(generate_ids(endless, ids, GREEDY, tokenizer=tokenizer))
+    new = new_ids(endless, ids, GREEDY)
     assert len(ids) + len(new) == 32 + 1  # the last token needs no place in the context
-    assert len(list(generate_ids(endless, [9] * 32, GREEDY, tokenizer=tokenizer))) == 1
+    assert len(new_ids(endless, [9] * 32, GREEDY)) == 1
     for prompt in ([9] * 33, []):
         with pytest.raises(ValueError, match=rf"the prompt has {len(prompt)} tokens; between 1 and 32 fit"):
-            list(generate_ids(endless, prompt, GREEDY, tokenizer=tokenizer))
+            new_ids(endless, prompt, GREEDY)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_every_new_token_costs_one_call(endless: SmallGPT, tokenizer: Tokenizer, count: int) -> None:
+def test_every_new_token_costs_one_call(endless: SmallGPT, count: int) -> None:
     shapes = []
     endless.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
     config = GenerationConfig(max_new_tokens=count)
-    assert len(list(generate_ids(endless, [3, 9, 10], config, tokenizer=tokenizer))) == count
+    assert len(new_ids(endless, [3, 9, 10], config)) == count
     assert shapes == [(1, 3), *[(1, 1)] * 4][:count]
 
 
@@ -102,14 +110,14 @@ def test_every_position_draws_its_own_number(endless: SmallGPT, tokenizer: Token
             logits = endless(torch.tensor([ids + expected]))[0][0, -1].numpy()
         expected.append(sample(logits, config, position=position, sequence=5, banned=(0, 1, 2)))
     assert 3 not in expected
-    assert list(generate_ids(endless, ids, config, tokenizer=tokenizer, sequence=5)) == expected
+    assert new_ids(endless, ids, config, sequence=5) == expected
 
 
 def test_max_length_counts_the_prompt(endless: SmallGPT, tokenizer: Tokenizer) -> None:
     prompt = "Ann saw 7 eggs."
     length = len(tokenizer.encode(prompt))
     text = endless.generate(prompt, max_length=length + 4, temperature=0)
-    new = list(generate_ids(endless, [3, *tokenizer.encode(prompt)], GREEDY, tokenizer=tokenizer))[:4]
+    new = new_ids(endless, [3, *tokenizer.encode(prompt)], GREEDY)[:4]
     assert text == prompt + tokenizer.decode(new)
     assert endless.generate(prompt, max_length=2) == prompt
 
@@ -126,6 +134,57 @@ def test_stop_strings(endless: SmallGPT) -> None:
     assert endless.generate("Ann", temperature=0, stop=stop) == expected  # one text, not its letters
     assert endless.generate("Ann", temperature=0, stop=["not in there"]) == text
     assert endless.generate("Ann", temperature=0, stop=[text[-2:] + "!"]) == text  # what was held back comes at the end
+
+
+def test_beams_give_the_best_text(models: dict[str, SmallGPT]) -> None:
+    model, ids = models["llama"], [3, *models["llama"].tokenizer.encode("Ann")]
+
+    def logprob(text: str) -> float:
+        tokens = [*ids, *model.tokenizer.encode(text)]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]))[0][0].log_softmax(-1)
+        return float(sum(logits[i - 1, tokens[i]] for i in range(len(ids), len(tokens))))
+
+    config = {"max_new_tokens": 6, "min_new_tokens": 6, "temperature": 0}
+    greedy, best = ("".join(stream_text(model, "Ann", GenerationConfig(**config, num_beams=n))) for n in (1, 8))
+    assert greedy != best
+    assert logprob(best) > logprob(greedy)
+
+
+def test_a_prompt_of_ids_is_taken_as_it_is(models: dict[str, SmallGPT]) -> None:
+    model = models["gpt2"]
+    text = "".join(stream_text(model, "Ann", GREEDY))
+    assert "".join(stream_text(model, [3, *model.tokenizer.encode("Ann")], GREEDY)) == text
+    assert "".join(stream_text(model, model.tokenizer.encode("Ann"), GREEDY)) != text
+
+
+def test_rows_of_different_lengths_and_their_moves(model: SmallGPT) -> None:
+    decoder = TorchDecoder(model)
+    rows = [[3, 9, 40], [3], [3, *range(10, 20)]]
+
+    def expect(tokens: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([tokens]))[0][0].numpy()
+
+    decoder.reserve(4)
+    padded = np.zeros((3, 11), np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    logits = decoder.fill(0, padded, np.array([3, 1, 11]))
+    for i, row in enumerate(rows):
+        assert np.abs(logits[i] - expect(row)[-1]).max() < 1e-4
+    logits = decoder.step(np.array([50, 51, 52]))
+    rows = [[*row, 50 + i] for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        assert np.abs(logits[i] - expect(row)[-1]).max() < 1e-4
+    decoder.select([2, 0, 0])
+    assert decoder.lengths.tolist() == [12, 4, 4, 0]
+    logits = decoder.extend(1, [60, 61])
+    assert np.abs(logits - expect([*rows[0], 60, 61])[-2:]).max() < 1e-4
+    decoder.lengths[1] = 5  # the last token is taken back
+    logits = decoder.step(np.array([70, 71, 72]))
+    for i, row in enumerate(([*rows[2], 70], [*rows[0], 60, 71], [*rows[0], 72])):
+        assert np.abs(logits[i] - expect(row)[-1]).max() < 1e-4
 
 
 def test_dropout_is_off_and_training_goes_on(models: dict[str, SmallGPT]) -> None:

@@ -367,8 +367,9 @@ def test_second_signal_stops_at_once() -> None:
     with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedError, match="stopped at once by a second SIGTERM") as caught:
             os.kill(os.getpid(), signal.SIGTERM)
+        assert caught.value.signum == signal.SIGTERM  # exit code 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -407,6 +408,8 @@ def test_compiles_only_where_told_and_able(
     compiled(model, configure(compile="auto", max_steps=200))
     assert len(asked) == 2
     assert "training is not compiled: no C++ compiler found" in caplog.text
+    with pytest.raises(ValueError, match=r"training\.compile is true, but no C\+\+ compiler was found; install g\+\+"):
+        compiled(model, configure(compile=True))
 
 
 @pytest.mark.slow

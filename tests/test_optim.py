@@ -12,10 +12,12 @@ from smallgpt.checkpoint import read_tensors, write_tensors
 from smallgpt.config import TrainingConfig
 from smallgpt.model import SmallGPT, next_token_loss
 from smallgpt.optim import (
+    Muon,
     build_optimizers,
     learning_rate_factor,
     load_optimizer_tensors,
     optimizer_tensors,
+    orthogonalized,
     set_learning_rate,
 )
 
@@ -69,7 +71,7 @@ def names(model: nn.Module, optimizer: torch.optim.Optimizer, group: int) -> set
 def test_who_is_trained_by_what(architecture: str) -> None:
     model, config = make("muon", architecture)
     adamw, muon = build_optimizers(model, config)
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     everything = {name for name, _ in model.named_parameters()}
     blocks = {
         f"h.{i}.{part}.weight" for i in range(2) for part in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")
@@ -133,6 +135,34 @@ def test_saved_optimizers_go_on_to_the_bit(optimizer: str, tmp_path: Path) -> No
     for name, value in model.state_dict().items():
         assert torch.equal(value, twin.state_dict()[name]), name
     assert not torch.equal(model.wte.weight, fresh_model.wte.weight)  # the state does matter
+
+
+def test_singular_values_move_to_one() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((3, 8, 8), (2, 5, 30), (2, 30, 5)):
+        matrices = torch.randn(shape, generator=draw)
+        result = orthogonalized(matrices)
+        assert result.shape == shape
+        assert torch.linalg.svdvals(result).min() > 0.6
+        assert torch.linalg.svdvals(result).max() < 1.3
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        assert ((left @ right) * result).sum() / result.norm() / shape[0] ** 0.5 / min(shape[1:]) ** 0.5 > 0.97
+
+
+def test_muon_updates_as_that_of_pytorch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=draw) for shape in ((24, 8), (8, 24), (8, 8), (8, 8))]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    settings = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.95}
+    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    for _ in range(4):
+        gradients = [torch.randn(value.shape, generator=draw) for value in values]
+        for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for value, mine, other in zip(values, ours, theirs, strict=True):
+        assert (mine - other).norm() < 0.02 * (value - other).norm()  # theirs iterates in bfloat16
 
 
 def test_a_few_steps_lower_the_loss() -> None:

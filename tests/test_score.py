@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smallgpt.model import SmallGPT
-from smallgpt.score import Scores, score_stream, summarize, windows
+from smallgpt.score import Scores, score_stream, score_with, summarize, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 320
@@ -60,7 +60,8 @@ def one_by_one(model: nn.Module, ids: np.ndarray, context: int, stride: int) -> 
         start = 0 if target <= context else context + (target - 1 - context) // stride * stride - (context - stride)
         logits = model(torch.from_numpy(ids[start:target].astype(np.int64))[None])[0][0, -1].double()
         nats.append(-logits.log_softmax(-1)[int(ids[target])].item())
-        ranks.append(int((logits > logits[int(ids[target])]).sum()))
+        more_likely = np.lexsort((np.arange(len(logits)), -logits.numpy()))
+        ranks.append(more_likely.tolist().index(int(ids[target])))
     return nats, ranks
 
 
@@ -75,6 +76,35 @@ def test_scores_equal_those_of_a_slow_loop(model: SmallGPT, length: int, context
     assert np.abs(scores.nats - nats).max() < 1e-4
     assert scores.nats.sum() == pytest.approx(sum(nats), rel=1e-6)
     assert (scores.rank == ranks).all()
+
+
+def test_of_equally_likely_tokens_the_smallest_id_comes_first() -> None:
+    model = Bigram()
+    with torch.no_grad():
+        model.table.zero_()
+        model.table[:, 7] = 1
+    for token, rank in ((4, 5), (7, 0), (8, 8), (319, 319)):
+        ids = np.array([5, token])
+        for scores in (
+            score_stream(model, ids, context=4, stride=4),
+            score_with(lambda x: model.table[torch.from_numpy(x)].detach().numpy(), ids, context=4, stride=4),
+        ):
+            assert scores.rank.tolist() == [rank]
+
+
+@pytest.mark.parametrize(("length", "context", "stride"), [(70, 32, 32), (70, 32, 16), (20, 32, 5), (40, 1, 1)])
+def test_scores_without_pytorch_are_the_same(model: SmallGPT, length: int, context: int, stride: int) -> None:
+    ids = stream(length)
+
+    def logits_of(window: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(window)[None])[0][0].numpy()
+
+    ours = score_with(logits_of, ids, context=context, stride=stride)
+    theirs = score_stream(model, ids, context=context, stride=stride)
+    assert np.abs(ours.nats - theirs.nats).max() < 1e-4
+    assert (ours.rank == theirs.rank).all()
+    assert (ours.position == theirs.position).all()
 
 
 def test_positions() -> None:

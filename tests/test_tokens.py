@@ -66,6 +66,17 @@ def test_files_that_do_not_fit_their_header(tokenizer: Tokenizer, tmp_path: Path
         path.write_bytes(data)
         with pytest.raises(MismatchError, match=rf"train\.bin has {len(data)} bytes; its header says"):
             TokenFile.load(tmp_path, "train")
+    path.write_bytes(whole)
+    header = path.with_suffix(".json")
+    values = json.loads(header.read_text())
+    damaged = ["", "{", "[]", "{}", json.dumps(values | {"dtype": "text"}), json.dumps(values | {"tokens": "many"})]
+    damaged += [json.dumps({k: v for k, v in values.items() if k != "words"}), json.dumps(values | {"more": 1})]
+    for text in damaged:
+        header.write_text(text)
+        with pytest.raises(MismatchError, match=r"train\.json is damaged .*; run the tokenize stage again"):
+            TokenFile.load(tmp_path, "train")
+    header.write_text(json.dumps(values))
+    assert TokenFile.load(tmp_path, "train").words == 4
 
 
 def test_tokenize_trains_on_train_alone(corpus: dict[str, list[str]], tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ class Runner:
                 call()
 
         self.monkeypatch.setattr("smallgpt.train.Tracker", lambda: Watcher(watch))
-        return train(config, self.tokenizer, tokens=options.get("tokens", self.tokens), track=False, **self.folders)
+        options = {"tokens": self.tokens, **options}
+        return train(config, self.tokenizer, track=False, **options, **self.folders)
 
     @property
     def outs(self) -> dict[str, bytes]:
@@ -461,11 +462,28 @@ def test_tracking_can_be_turned_off(tokens: Path, tokenizer: Tokenizer, tmp_path
 
 def test_command_line_refuses_to_resume_nothing(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text(TEXT)
-    (tmp_path / "work").mkdir()
-    arguments = ["--data", str(tmp_path / "corpus.txt"), "--resume", str(tmp_path / "work")]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(trainer_sections()))
+    arguments = ["--data", str(tmp_path / "corpus.txt"), "--config", str(tmp_path / "small.yaml")]
     with pytest.raises(FileNotFoundError, match=r"work holds no training that was stopped; use --out to start one"):
-        main(arguments)
-    assert list((tmp_path / "work").iterdir()) == []
+        main([*arguments, "--resume", str(tmp_path / "work")])
+    assert not (tmp_path / "work").exists()
+    (tmp_path / "work").mkdir()
+    with pytest.raises(MismatchError, match=r"work/state holds no stopped training with these settings"):
+        main([*arguments, "--resume", str(tmp_path / "work")])
+    assert not (tmp_path / "work/gpt").exists()
+
+
+def test_resuming_needs_the_settings_it_was_started_with(runner: Runner) -> None:
+    with pytest.raises(StoppedError):
+        runner(configure(), at=4, call=send(signal.SIGTERM))
+    for changed in (configure(seed=2), configure({"num_layers": 1}), configure(max_steps=9)):
+        with pytest.raises(MismatchError, match=r"give it what it was started with, or use --out to start a new one"):
+            runner(changed, resume_only=True)
+    runner(configure(), resume_only=True)
+    resumed = runner.outs
+    runner.clear()
+    runner(configure())
+    assert runner.outs == resumed
 
 
 @pytest.mark.slow

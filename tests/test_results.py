@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from smallgpt.cli import MismatchError
+from smallgpt.config import load_config
+from smallgpt.files import sha256_file
+from smallgpt.results import add, main
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """What the stages leave behind, as small as it can be."""
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"training": {"seed": 7, "warmup_steps": 1, "max_steps": 9}}))
+    model = load_config(tmp_path / "params.yaml").model.model_dump()
+    figures = {"bits_per_byte": 2.25, "sliding_bits_per_byte": 2.125, "perplexity": 31.5, "context": 8, "stride": 4}
+    files = {
+        "reports/prepare.json": {"source": "data/my.txt", "valid": {"sha256": "cd"}},
+        "reports/train/summary.json": {"parameters": 12_345, "steps": 9, "tokens_seen": 900, "epochs": 1.5},
+        "reports/evaluate/perplexity.json": {"valid": figures},
+        "models/gpt/config.json": {"model": model, "last_step": 9},
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "models/gpt/model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def call(project: Path, action: str) -> None:
+    main([action, "--project", str(project), "--out", str(project / "rows"), "--page", str(project / "page.md")])
+
+
+def test_a_row_holds_the_figures_of_the_files(project: Path) -> None:
+    digest = sha256_file(project / "models/gpt/model.safetensors")
+    facts = project / ".smallgpt/train/runs" / f"{digest[:16]}.json"
+    facts.parent.mkdir(parents=True)
+    facts.write_text(json.dumps({"hardware": "2 cores", "seconds": 61.2, "tokens_per_second": 7000.4}))
+    row = json.loads(add(project, "params.yaml", project / "rows").read_text())
+    assert (row["dataset"], row["split"], row["split_sha256"], row["seed"]) == ("my.txt", "valid", "cd", 7)
+    assert (row["bits_per_byte"], row["tokens_seen"], row["seconds"]) == (2.25, 900, 61.2)
+    assert row["model_sha256"] == digest
+
+
+def test_the_page_has_a_line_for_each_row(project: Path) -> None:
+    call(project, "add")
+    (project / "models/gpt/model.safetensors").write_bytes(b"others")
+    call(project, "add")
+    call(project, "add")  # the same model again replaces its row
+    lines = [line for line in (project / "page.md").read_text().splitlines() if line.startswith("| my.txt")]
+    assert len(lines) == 2
+    assert "| valid | gpt2 | 12,345 | 10,000 | 1.5000 | 2.2500 | 2.1250 | - |" in lines[0]
+
+
+def test_files_of_different_runs_are_refused(project: Path) -> None:
+    summary = project / "reports/train/summary.json"
+    summary.write_text(summary.read_text().replace('"steps": 9', '"steps": 10'))
+    with pytest.raises(MismatchError, match="belong to different runs"):
+        add(project, "params.yaml", project / "rows")
+    (project / "other.yaml").write_text("training: {seed: 8}\n")
+    with pytest.raises(MismatchError, match=r"other\.yaml differs from params\.yaml"):
+        add(project, "other.yaml", project / "rows")
+    summary.unlink()
+    with pytest.raises(FileNotFoundError, match="the train stage writes it"):
+        add(project, "params.yaml", project / "rows")
+    with pytest.raises(FileNotFoundError, match="holds no rows"):
+        call(project, "table")
