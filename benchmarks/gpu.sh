@@ -10,8 +10,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} device=${DEVICE:-cuda} shapes=${SHAPES:-gpt2,llama}
-out=${OUT:-reports/bench}
-mkdir -p "$out"
+mkdir -p "${OUT:-reports/bench}"
+out=$(cd "${OUT:-reports/bench}" && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 if [ $# -gt 0 ]; then
@@ -21,10 +21,9 @@ if [ $# -gt 0 ]; then
       echo "skipped $wheel" >&2
   done
 fi
-# Behind what the machine has, so that its own torch and numpy stay.
-echo "$scratch/packages" > "$scratch/packages.path"
 export PYTHONPATH="$PWD:$scratch/site" SMALLGPT_TRACKING=off PYTHONWARNINGS=ignore
 mkdir -p "$scratch/site" "$scratch/packages"
+# At the end of Python's path, so that the machine's own torch and numpy stay.
 printf 'import sys\nsys.path.append("%s")\n' "$scratch/packages" > "$scratch/site/sitecustomize.py"
 
 failed=()
@@ -55,7 +54,7 @@ curves() {
   done
   (cd "$scratch/1" && "$python" -m stages.train) || return 1
   (cd "$scratch/2" && OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m stages.train) || return 1
-  "$python" - "$scratch/1" "$scratch/2" "$root/$out/ddp.json" << 'END'
+  "$python" - "$scratch/1" "$scratch/2" "$out/ddp.json" << 'END'
 import csv, json, sys
 one, two = ([float(row["loss"]) for row in csv.DictReader(open(f"{folder}/reports/train/train.csv"))] for folder in sys.argv[1:3])
 difference = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
