@@ -16,7 +16,7 @@ help:  ## List the targets
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smallgpt needs Python 3.11 or newer")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,serve,dev]'
 	touch $@
 
 repro: .venv/.installed  ## Run the pipeline: corpus, tokenizer, training, evaluation, export
@@ -33,6 +33,7 @@ data: .venv/.installed  ## Write a corpus as text: make data SOURCE=shakespeare
 	@python -m smallgpt.corpus $(SOURCE)
 
 ui: .venv/.installed  ## Show the runs on http://127.0.0.1:5000
+	@echo 'the runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	@mlflow ui --host 127.0.0.1 --backend-store-uri "$$(python -c 'from smallgpt.tracking import tracking_uri; print(tracking_uri())')"
 
 test: .venv/.installed  ## All tests
