@@ -65,5 +65,5 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _report(error: Exception | str, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    sys.stderr.write(f"error: {error}\n")  # in one piece, also among several processes
     return code

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from smallgpt.cli import StoppedError
 from smallgpt.config import Config
+from smallgpt.distributed import Ranks
 from smallgpt.model import SmallGPT, next_token_loss
 from smallgpt.optim import set_learning_rate
 from smallgpt.score import score_stream
@@ -28,22 +29,31 @@ from smallgpt.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
+ALONE = Ranks()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def loop(config: Config, state: TrainState, data: dict[str, TokenFile], folder: Path, tracker: Tracker) -> None:
-    """Run the steps that are left. See `train` for what is raised."""
+def loop(
+    config: Config,
+    state: TrainState,
+    data: dict[str, TokenFile],
+    folder: Path,
+    tracker: Tracker,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Run the steps that are left; only the first of several processes validates and writes. Raises as `train`."""
     settings = config.training
     loss_function = compiled(state.model, config)
     seq_len = settings.seq_len or config.model.max_seq_len
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * seq_len
-    speed = Speed(folder / "speed.csv", tokens_per_step)
-    bar = tqdm(total=settings.max_steps, initial=state.step, unit="step", desc="train", disable=None, mininterval=0.5)
-    with stop_signals() as stopped, bar:
-        if state.step == 0:
+    speed = Speed(folder / "speed.csv" if ranks.first else None, tokens_per_step)
+    quiet = None if ranks.first else True  # None: quiet unless stderr is a terminal
+    bar = tqdm(total=settings.max_steps, initial=state.step, unit="step", desc="train", disable=quiet, mininterval=0.5)
+    with stop_signals() as received, bar:
+        if state.step == 0 and ranks.first:
             validate(config, state, data["valid"], tracker)
         while state.step < settings.max_steps:
-            loss, norm, rate = train_step(config, state, data["train"], loss_function, seq_len)
+            loss, norm, rate = train_step(config, state, data["train"], loss_function, seq_len, ranks)
             state.step += 1
             step, last = state.step, state.step == settings.max_steps
             if step % settings.log_interval == 0 or last:
@@ -53,36 +63,48 @@ def loop(config: Config, state: TrainState, data: dict[str, TokenFile], folder: 
                 tracker.log_metrics({f"train/{k}": v for k, v in {**row, **measured}.items() if k != "step"}, step)
                 bar.set_postfix_str(f"loss {loss:.3f}, {measured['tokens_per_second']:,.0f} tokens/s")
             bar.update()
-            if step % settings.eval_interval == 0 or last:
+            if (step % settings.eval_interval == 0 or last) and ranks.first:
                 with speed.paused():
                     validate(config, state, data["valid"], tracker)
-            if stopped or (step % settings.checkpoint_interval == 0 and not last):
+            stopped = ranks.largest(received[0] if received else 0)  # all stop after the same step
+            if (stopped or (step % settings.checkpoint_interval == 0 and not last)) and ranks.first:
                 with speed.paused():
                     save_state(folder, state)
             if stopped:
-                name = signal.Signals(stopped[0]).name
+                ranks.wait()  # the first process to end may take the others with it
+                name = signal.Signals(stopped).name
                 goes_on = settings.resume == "auto"
                 rest = "the same command goes on from there" if goes_on else "with resume: never it starts anew"
-                raise StoppedError(f"stopped by {name} after step {step}; {rest}", stopped[0])
+                raise StoppedError(f"stopped by {name} after step {step}; {rest}", stopped)
 
 
 def train_step(
-    config: Config, state: TrainState, data: TokenFile, loss_function: Callable[[Tensor, Tensor], Tensor], seq_len: int
+    config: Config,
+    state: TrainState,
+    data: TokenFile,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    seq_len: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float, float]:
-    """One update; returns the loss in nats per token, the gradient norm before clipping and the learning rate."""
+    """One update; returns the loss in nats per token, the gradient norm before clipping and the learning rate.
+
+    Each process takes its share of the rows of every batch.
+    """
     settings = config.training
     device = next(state.model.parameters()).device
     micro_steps = settings.gradient_accumulation_steps
     total = torch.zeros((), device=device)
+    rows = settings.batch_size // ranks.size
     for micro in range(micro_steps):
-        index = state.step * micro_steps + micro
-        x, y = batch(data.ids, seed=settings.seed, step=index, batch_size=settings.batch_size, seq_len=seq_len)
-        # Dropout's masks depend on (seed, micro-step) alone, so a resumed run draws the same ones. Hashed into 32 bits:
-        # PyTorch's CPU generator reads no more of a seed.
+        index = (state.step * micro_steps + micro) * ranks.size + ranks.rank
+        x, y = batch(data.ids, seed=settings.seed, step=index, batch_size=rows, seq_len=seq_len)
+        # Dropout's masks depend on (seed, micro-step, rank) alone, so a resumed run draws the same ones. Hashed into
+        # 32 bits: PyTorch's CPU generator reads no more of a seed.
         torch.manual_seed(int(np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]))
         loss = loss_function(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) / micro_steps
         state.scaler.scale(loss).backward()
         total += loss.detach()
+    total = ranks.average(state.model, total)
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
     parameters = list(state.model.parameters())
@@ -165,11 +187,11 @@ def validate(config: Config, state: TrainState, data: TokenFile, tracker: Tracke
 class Speed:
     """Tokens per second and memory, kept out of the reproducible outputs: a CSV in the work folder and MLflow."""
 
-    def __init__(self, path: Path, tokens_per_step: int) -> None:
+    def __init__(self, path: Path | None, tokens_per_step: int) -> None:
         self.path, self.tokens_per_step = path, tokens_per_step
         self.step: int | None = None
         self.start = time.perf_counter()
-        if not path.exists():
+        if path and not path.exists():
             path.write_text("step,tokens_per_second,peak_memory_mib\n", encoding="utf-8")
 
     def measure(self, step: int) -> dict[str, float]:
@@ -178,8 +200,9 @@ class Speed:
         rate = steps * self.tokens_per_step / max(now - self.start, 1e-9)
         self.step, self.start = step, now
         memory = peak_memory_mib()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{step},{rate:.1f},{memory:.1f}\n")
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{step},{rate:.1f},{memory:.1f}\n")
         return {"tokens_per_second": rate, "peak_memory_mib": memory}
 
     @contextmanager

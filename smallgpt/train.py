@@ -1,10 +1,12 @@
 """Training: from token files to a model folder, resumable to the bit."""
 
 import argparse
+import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from smallgpt.checkpoint import save_checkpoint
 from smallgpt.cli import DeviceError, MismatchError, processors, run
 from smallgpt.config import Config, load_config, parse_config
 from smallgpt.corpus import prepare, read_documents, split_names
+from smallgpt.distributed import Ranks, join_ranks
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
 from smallgpt.loop import loop
 from smallgpt.machine import describe_machine
@@ -41,11 +44,12 @@ def train(
     """Train a model on token files and write the model folder `out` and the curves in `reports`.
 
     `work` holds the resumable state, in a folder named after everything that shapes the result; `track` mirrors the
-    run in MLflow; `resume_only` refuses to start from the beginning. Returns the summary that also goes to
-    reports/summary.json.
+    run in MLflow; `resume_only` refuses to start from the beginning. Started by torchrun, the processes share each
+    batch, and the first one writes. Returns the summary that also goes to reports/summary.json.
 
     Raises:
-        ValueError: a corpus shorter than two windows, or another process is training the same thing.
+        ValueError: a corpus shorter than two windows, a batch that the processes cannot share evenly, or another
+            training of the same thing is running.
         MismatchError: token files of another tokenizer, ids outside the vocabulary, or nothing to resume.
         DeviceError: CUDA was asked for and is not there.
         FloatingPointError: the loss or the gradient is not finite; nothing was updated with it.
@@ -54,42 +58,69 @@ def train(
     settings = config.training
     device = pick_device(settings.device)
     threads = settings.threads or processors()
-    torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     data = {split: TokenFile.load(tokens, split) for split in ("train", "valid")}
     check_tokens(data, tokenizer, config)
     key = fingerprint(config, data, device, threads)
     folder = work / key[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            state = new_state(config, device)
-            if settings.resume == "auto":
-                load_state(folder, state)
-            else:
-                clear_states(folder)  # they would be taken for newer than the ones to come
-            if resume_only and not state.step:
-                raise MismatchError(
-                    f"{work} holds no stopped training with these settings, data and versions; "
-                    "give it what it was started with, or use --out to start a new one"
-                )
-            resume_key = key if settings.resume == "auto" else None
-            with start_run("train", resume_key=resume_key) if track else Tracker() as tracker:
-                tracker.log_params(config.model_dump(include={"model", "training"}))
-                for split, file in data.items():
-                    tracker.log_dataset(split, file.text_sha256, context=split)
-                started, first = time.perf_counter(), state.step
-                loop(config, state, data, folder, tracker)
-                seconds = time.perf_counter() - started
+    with join_ranks(device) as ranks, exclusive(folder, ranks):
+        if settings.batch_size % ranks.size:
+            raise ValueError(
+                f"training.batch_size is {settings.batch_size}, which {ranks.size} processes cannot share evenly; "
+                f"take a multiple of {ranks.size} or another number of processes"
+            )
+        torch.set_num_threads(max(1, threads // ranks.local_size))
+        if settings.resume == "never" and ranks.first:
+            clear_states(folder)  # they would be taken for newer than the ones to come
+        state = new_state(config, device)
+        ranks.wait()  # until the lock is held and old states are gone
+        if settings.resume == "auto":
+            load_state(folder, state)
+        if ranks.largest(state.step) != state.step:
+            raise MismatchError(
+                f"the processes found different states in {work}; it must be one folder for all of them"
+            )
+        if resume_only and not state.step:
+            raise MismatchError(
+                f"{work} holds no stopped training with these settings, data and versions; "
+                "give it what it was started with, or use --out to start a new one"
+            )
+        resume_key = key if settings.resume == "auto" else None
+        with start_run("train", resume_key=resume_key) if track and ranks.first else Tracker() as tracker:
+            tracker.log_params(config.model_dump(include={"model", "training"}))
+            for split, file in data.items():
+                tracker.log_dataset(split, file.text_sha256, context=split)
+            started, first = time.perf_counter(), state.step
+            loop(config, state, data, folder, tracker, ranks)
+            seconds = time.perf_counter() - started
+            if ranks.first:
                 summary = finish(config, state, data, tokenizer, out, reports)
                 write_facts(work / "runs", out, summary, seconds if first == 0 else None, device)
                 tracker.set_tags({MODEL_TAG: sha256_file(out / "model.safetensors")})
                 tracker.log_artifact(reports)
+        if ranks.first:
             clear_states(folder)
-            return summary
+        ranks.wait()
+        return dict(json.loads((reports / "summary.json").read_text(encoding="utf-8")))
+
+
+@contextmanager
+def exclusive(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the lock of a state folder; the first process does it for all."""
+    if not ranks.first:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
     except Timeout:
         raise ValueError(f"another process is training with these settings (it holds {folder / 'lock'})") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def pick_device(name: str) -> torch.device:
@@ -174,24 +205,27 @@ class GPTTrainer:
             update={"prepare": self.config.prepare.model_copy(update={"source": str(corpus)})}
         )
         prepared, tokens = self.work / "prepared", self.work / "tokens"
-        prepare(config.prepare, out=prepared, report=self.work / "reports" / "prepare.json")
-        tokenizer, _ = tokenize(
-            {split: read_documents(prepared, split) for split in split_names(prepared)},
-            vocab_size=config.model.vocab_size,
-            options=config.tokenizer,
-            tokenizer=self.work / "tokenizer",
-            tokens=tokens,
-        )
-        train(
-            config,
-            tokenizer,
-            tokens=tokens,
-            out=self.work / "gpt",
-            reports=self.work / "reports" / "train",
-            work=self.work / "state",
-            track=track,
-            resume_only=resume_only,
-        )
+        with join_ranks(pick_device(config.training.device)) as ranks:
+            if ranks.first:
+                prepare(config.prepare, out=prepared, report=self.work / "reports" / "prepare.json")
+                tokenize(
+                    {split: read_documents(prepared, split) for split in split_names(prepared)},
+                    vocab_size=config.model.vocab_size,
+                    options=config.tokenizer,
+                    tokenizer=self.work / "tokenizer",
+                    tokens=tokens,
+                )
+            ranks.wait()
+            train(
+                config,
+                Tokenizer.load(self.work / "tokenizer"),
+                tokens=tokens,
+                out=self.work / "gpt",
+                reports=self.work / "reports" / "train",
+                work=self.work / "state",
+                track=track,
+                resume_only=resume_only,
+            )
         return SmallGPT.from_pretrained(self.work / "gpt")
 
 

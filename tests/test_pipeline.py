@@ -36,7 +36,7 @@ NO_DEPS_OF = {
 LEVELS = [
     {"files", "cli", "sampling", "stories", "tracking", "download", "score", "speculation"},
     {"config", "tokenizer", "bundle", "options", "machine"},
-    {"tokens", "checkpoint", "corpus", "optim", "generation", "runtime", "graph"},
+    {"tokens", "checkpoint", "corpus", "optim", "distributed", "generation", "runtime", "graph"},
     {"beams"},
     {"decode", "repl", "scheduler"},
     {"model", "ort_generate", "completions"},
