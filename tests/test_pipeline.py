@@ -34,13 +34,13 @@ NO_DEPS_OF = {
 }
 
 LEVELS = [
-    {"files", "cli", "sampling", "stories", "tracking", "download", "score", "speculation"},
+    {"files", "cli", "sampling", "stories", "tracking", "download", "score", "speculation", "metrics", "openapi"},
     {"config", "tokenizer", "bundle", "options", "machine"},
     {"tokens", "checkpoint", "corpus", "optim", "distributed", "generation", "runtime", "graph"},
     {"beams"},
     {"decode", "repl", "scheduler"},
     {"model", "ort_generate", "completions"},
-    {"evaluate", "state", "generate", "interop", "results"},
+    {"evaluate", "state", "generate", "interop", "results", "web"},
     {"loop", "export", "serve"},
     {"train"},
 ]
