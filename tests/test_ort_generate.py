@@ -20,7 +20,6 @@ from smallgpt.cli import DeviceError, MismatchError
 from smallgpt.config import EvaluationConfig
 from smallgpt.decode import stream_text
 from smallgpt.evaluate import evaluate_split
-from smallgpt.export import write_bundle
 from smallgpt.files import write_json
 from smallgpt.ort_generate import main
 from smallgpt.runtime import OrtGPT, check_golden
@@ -419,14 +418,7 @@ def test_version_and_verbose(parrot: Path) -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with room for more text than a test waits for; it has no certificate."""
-    folder = tmp_path_factory.mktemp("endless")
-    model = tiny.random_model(max_seq_len=50_000)
-    model_dir, _ = tiny.write_project(folder, model)
-    settings = write_bundle(folder / "fp32", "fp32", model, model_dir, GenerationConfig(max_new_tokens=50_000))
-    write_json(folder / "fp32" / "parity.json", {})
-    write_config(folder / "fp32", settings)
-    return folder / "fp32"
+    return tiny.write_endless(tmp_path_factory.mktemp("endless"))
 
 
 def heed_interrupts() -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from smallgpt.bundle import write_config
 from smallgpt.config import ExportConfig
-from smallgpt.export import export
+from smallgpt.export import export, write_bundle
+from smallgpt.files import write_json
 from smallgpt.model import SmallGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.tokenizer import Tokenizer, train_tokenizer
@@ -93,3 +95,13 @@ def write_bundles(folder: Path, model: SmallGPT, variants: list[str], **generati
     config = GenerationConfig.from_dict(dict(generation))
     export(model_dir, tokens, settings, config, out=folder / "exports", report=folder / "export.json")
     return folder / "exports"
+
+
+def write_endless(folder: Path) -> Path:
+    """A bundle with room for more text than a test waits for; it has no certificate."""
+    model = random_model(max_seq_len=50_000)
+    model_dir, _ = write_project(folder, model)
+    settings = write_bundle(folder / "fp32", "fp32", model, model_dir, GenerationConfig(max_new_tokens=50_000))
+    write_json(folder / "fp32" / "parity.json", {})
+    write_config(folder / "fp32", settings)
+    return folder / "fp32"
