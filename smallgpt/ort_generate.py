@@ -172,14 +172,14 @@ class Work:
 
         for key, result in enumerate(self.results):
             batch.add(key, self.prompts[result.prompt].ids, self.config, number=result.index, logprobs=options.logprobs)
-        try:
-            while batch.busy:
+        with cli.interrupts() as pressed:
+            while batch.busy and not pressed:
                 for piece in batch.step():
                     take(piece)
-        except KeyboardInterrupt:
             for piece in filter(None, map(batch.cancel, range(self.total))):  # the text that was held back
                 take(piece)
-            raise
+        if pressed:
+            raise KeyboardInterrupt
         if options.speculate:
             guesses = batch.speculation
             share = f", {guesses.accepted / guesses.proposed:.0%} right" if guesses.proposed else ""
@@ -269,10 +269,14 @@ def _render(work: Work, options: argparse.Namespace, load: float) -> str:
             "seed": work.config.seed,
         }
         if result.score is not None:
-            row["score"] = result.score
+            row["score"] = round(result.score, 6)
         if options.logprobs is not None and result.pieces:
             row["logprobs"] = [
-                {"id": piece.token, "logprob": piece.logprob, "top": [list(pair) for pair in piece.top]}
+                {
+                    "id": piece.token,
+                    "logprob": round(piece.logprob or 0.0, 6),
+                    "top": [[token, round(logprob, 6)] for token, logprob in piece.top],
+                }
                 for piece in result.pieces
             ]
         rows.append(row)
