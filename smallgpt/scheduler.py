@@ -172,7 +172,8 @@ class Scheduler:
 
     def _new_batch(self) -> Batch:
         # Quantised kernels compute a single row in another way than several.
-        return Batch(self.model, self.rows, even=self.model.bundle.config.variant.startswith("int"))
+        even = self.model.bundle.config.variant.startswith("int")
+        return Batch(self.model, self.rows, even=even, tolerant=True)
 
     def _run(self) -> None:
         while self._take():
@@ -247,6 +248,11 @@ class Scheduler:
         self.metrics.step.add(time.perf_counter() - begin)
         for piece in pieces:
             request, choice = piece.sequence
+            if request not in self._running:  # another choice of it has failed
+                continue
+            if piece.error:
+                self._end(request, piece.error)
+                continue
             tokens = () if piece.token is None else (piece.token,)
             logprob = None if piece.logprob is None else (piece.logprob, piece.top)
             request.events.append(Part(choice, piece.text, tokens, logprob, piece.finish))

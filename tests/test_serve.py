@@ -499,6 +499,24 @@ def test_beams_and_scores_do_not_stall_the_batch(slow: Path) -> None:
         long.close()
 
 
+def test_settings_that_leave_no_token_hurt_only_their_own_request(slow: Path) -> None:
+    everything = list(range(4, 320))
+    bad = {"prompt": [everything, [3]], "n": 2, "no_repeat_ngram_size": 1, "ignore_eos": True, "max_tokens": 2000}
+    with serving(slow) as server, ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "the", "max_tokens": 500, "ignore_eos": True, "seed": 1}
+        running = pool.submit(server.complete, **body)
+        server.wait_for("requests_running", 1)
+        for more in ({}, {"num_beams": 2}):
+            status, message, _ = server.refused(bad | more)
+            assert (status, message.split(":")[0]) == (400, "no token is left")
+        status, text = server.call("/v1/completions", bad | {"stream": True})
+        assert status == 200
+        assert "no token is left" in text.split("data: ")[-2]
+        assert running.result()["choices"] == server.complete(**body)["choices"]
+        assert server.metric("requests_failed_total") == 3
+        assert server.metric("requests_running") == 0
+
+
 def test_sigterm_finishes_what_runs_and_refuses_what_comes(slow: Path) -> None:
     with serving(slow) as server, ThreadPoolExecutor(2) as pool:
         body = {"prompt": "the", "max_tokens": 1500, "ignore_eos": True, "seed": 1}
