@@ -146,7 +146,7 @@ class OrtGPT:
         """
         ids = np.asarray(ids, np.int64)
         self.reserve(1, len(ids))
-        return np.concatenate([self.extend(0, ids[a:b]) for a, b in pairwise([0, *cuts, len(ids)])])
+        return np.concatenate([self.extend(0, ids[a:b]).copy() for a, b in pairwise([0, *cuts, len(ids)])])
 
     def select(self, sources: Sequence[int]) -> None:
         """Let row i hold what row `sources[i]` held."""
