@@ -33,13 +33,13 @@ NO_DEPS_OF = {
 }
 
 LEVELS = [
-    {"files", "cli", "sampling", "stories", "tracking", "download", "score"},
+    {"files", "cli", "sampling", "stories", "quantize", "tracking", "download", "score"},
     {"config", "tokenizer", "bundle", "options"},
     {"tokens", "checkpoint", "corpus", "optim", "generation", "runtime", "graph"},
     {"beams"},
     {"decode", "repl"},
     {"model", "ort_generate"},
-    {"evaluate", "state", "generate", "interop"},
+    {"evaluate", "state", "generate", "interop", "certificate"},
     {"loop", "export"},
     {"train"},
 ]
