@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
 
 def build(model: OrtGPT, scheduler: Scheduler, limits: Limits, name: str) -> Starlette:
     """The web application."""
-    lineage = str(model.bundle.config.lineage.get("model_sha256", ""))[:12]
+    lineage = str(model.bundle.config.lineage.get("model", ""))[:12]
     fingerprint = f"{model.bundle.config.variant}-{lineage}"
     created = int(time.time())
 

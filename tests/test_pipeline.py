@@ -34,13 +34,25 @@ NO_DEPS_OF = {
 }
 
 LEVELS = [
-    {"files", "cli", "sampling", "stories", "tracking", "download", "score", "speculation", "metrics", "openapi"},
+    {
+        "files",
+        "cli",
+        "sampling",
+        "stories",
+        "tracking",
+        "download",
+        "score",
+        "speculation",
+        "metrics",
+        "openapi",
+        "quantize",
+    },
     {"config", "tokenizer", "bundle", "options", "machine"},
     {"tokens", "checkpoint", "corpus", "optim", "distributed", "generation", "runtime", "graph"},
     {"beams"},
     {"decode", "repl", "scheduler"},
     {"model", "ort_generate", "completions"},
-    {"evaluate", "state", "generate", "interop", "results", "web"},
+    {"evaluate", "state", "generate", "interop", "results", "web", "certificate"},
     {"loop", "export", "serve"},
     {"train"},
 ]

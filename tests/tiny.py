@@ -83,6 +83,7 @@ def write_project(folder: Path, model: SmallGPT) -> tuple[Path, Path]:
     """A model folder and a folder with token files: (model, tokens)."""
     assert model.tokenizer is not None
     model.save_pretrained(folder / "model")
+    write_tokens(folder / "tokens", "train", [text(0, 400)], model.tokenizer)
     write_tokens(folder / "tokens", "valid", [text(1, 100)], model.tokenizer)
     write_tokens(folder / "tokens", "test", [text(seed, 60) for seed in range(2, 6)], model.tokenizer)
     return folder / "model", folder / "tokens"
