@@ -8,10 +8,10 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help repro test test-fast lint format ui export data bench clean
+.PHONY: help repro test test-fast lint format ui export data bench-train clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smallgpt needs Python 3.11 or newer")'
@@ -35,6 +35,12 @@ data: .venv/.installed  ## Write a corpus as text: make data SOURCE=shakespeare
 ui: .venv/.installed  ## Show the runs on http://127.0.0.1:5000
 	@echo 'the runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	@mlflow ui --host 127.0.0.1 --backend-store-uri "$$(python -c 'from smallgpt.tracking import tracking_uri; print(tracking_uri())')"
+
+bench-train: .venv/.installed  ## Training speed against Transformers and the machine's peak; half an hour on 2 cores
+	@python benchmarks/train.py --shape gpt2,llama,default
+	@python benchmarks/train.py --shape gpt2 --only products,ours,peer --mode compiled --variant dropout,long
+	@python benchmarks/train.py --shape gpt2 --only ours --mode compiled --variant base,muon,ema,accumulated,accumulated-muon
+	@python benchmarks/train.py --shape gpt2 --only ours --mode compiled --startup
 
 test: .venv/.installed  ## All tests
 	@python -m pytest

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from smallgpt.config import Config, load_config, parse_config
 from smallgpt.corpus import prepare, read_documents, split_names
 from smallgpt.distributed import Ranks, join_ranks
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
-from smallgpt.loop import loop
+from smallgpt.loop import loop, set_up_process
 from smallgpt.machine import describe_machine
 from smallgpt.model import SmallGPT
 from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state
@@ -58,8 +57,6 @@ def train(
     settings = config.training
     device = pick_device(settings.device)
     threads = settings.threads or processors()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
     data = {split: TokenFile.load(tokens, split) for split in ("train", "valid")}
     check_tokens(data, tokenizer, config)
     key = fingerprint(config, data, device, threads)
@@ -70,7 +67,7 @@ def train(
                 f"training.batch_size is {settings.batch_size}, which {ranks.size} processes cannot share evenly; "
                 f"take a multiple of {ranks.size} or another number of processes"
             )
-        torch.set_num_threads(max(1, threads // ranks.local_size))
+        set_up_process(max(1, threads // ranks.local_size))
         if settings.resume == "never" and ranks.first:
             clear_states(folder)  # they would be taken for newer than the ones to come
         state = new_state(config, device)

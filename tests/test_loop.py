@@ -3,7 +3,10 @@
 import logging
 import math
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import SEQ_LEN, Watcher, chain, configure, copy, run_loop, same, streams, token_file
+from small_run import ROOT, SEQ_LEN, Watcher, chain, configure, copy, run_loop, same, streams, token_file
 from torch import Tensor
 
 from smallgpt.cli import StoppedError
@@ -430,3 +433,25 @@ def test_speed_is_written_beside_the_state(tmp_path: Path) -> None:
     lines = (tmp_path / "speed.csv").read_text().splitlines()
     assert lines[0] == "step,tokens_per_second,peak_memory_mib"
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "3", "4"]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0], reason="only glibc has these settings")
+def test_freed_memory_stays_with_the_process() -> None:
+    """Pages of a large tensor are not cleared again for the next one: counted as page faults, in a process apart."""
+    code = """
+import resource, sys, torch
+from smallgpt.loop import set_up_process
+if sys.argv[1] == "kept":
+    set_up_process(1)
+for _ in range(3):
+    torch.ones(2**24).sum()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, returned = (
+        int(subprocess.check_output([sys.executable, "-c", code, word], env=os.environ | {"PYTHONPATH": str(ROOT)}))
+        for word in ("kept", "returned")
+    )
+    assert kept < 100
+    assert returned > 1000

@@ -5,9 +5,10 @@ from itertools import combinations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smallgpt.model import Cache, SmallGPT, next_token_loss, rotary_tables, rotate
+from smallgpt.model import Cache, SmallGPT, gelu, next_token_loss, rotary_tables, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ARCHITECTURES = ["gpt2", "llama"]
@@ -210,3 +211,15 @@ def test_the_loss() -> None:
 def test_a_wrong_shape(shape: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SmallGPT(**{**SMALL, **shape})
+
+
+@pytest.mark.slow
+def test_compiled_gelu_is_the_same_function() -> None:
+    x = torch.linspace(-12, 12, 2001)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = torch.compile(gelu)(one), F.gelu(other, approximate="tanh")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=3e-6)
+    assert not torch.equal(found, expected)  # it is the formula, not the eager kernel

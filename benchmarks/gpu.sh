@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# All that a GPU has to show, in one call of less than 10 minutes and without a network:
+#
+#   benchmarks/gpu.sh [FOLDER_OF_WHEELS]
+#
+# The machine needs torch, numpy, sentencepiece, pyyaml and safetensors. What else is missing there (pydantic, filelock,
+# tqdm; transformers for the peers) is taken from the wheels and put into a temporary folder. MLflow and DVC are not used.
+# Writes reports/bench/gpu.json and reports/bench/gpu-train.{json,md}; a part that fails is named in it and the rest goes
+# on. DEVICE=cpu SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1 rehearses it on a machine without a GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} device=${DEVICE:-cuda} shapes=${SHAPES:-gpt2,llama}
+out=${OUT:-reports/bench}
+mkdir -p "$out"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if [ $# -gt 0 ]; then
+  # One by one: a wheel for another Python must not keep out the rest.
+  for wheel in "$1"/*.whl; do
+    "$python" -m pip install -q --no-index --no-deps --disable-pip-version-check --target "$scratch/packages" "$wheel" ||
+      echo "skipped $wheel" >&2
+  done
+fi
+# Behind what the machine has, so that its own torch and numpy stay.
+echo "$scratch/packages" > "$scratch/packages.path"
+export PYTHONPATH="$PWD:$scratch/site" SMALLGPT_TRACKING=off PYTHONWARNINGS=ignore
+mkdir -p "$scratch/site" "$scratch/packages"
+printf 'import sys\nsys.path.append("%s")\n' "$scratch/packages" > "$scratch/site/sitecustomize.py"
+
+failed=()
+part() { # name, seconds, command...
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name" >&2
+  timeout "$limit" "$@" >&2 || { failed+=("$name"); echo "== $name failed" >&2; }
+}
+
+systems=products,ours,peer
+"$python" -c 'import transformers' 2> /dev/null || { systems=products,ours; failed+=(peers); }
+
+part train 330 "$python" benchmarks/train.py --device "$device" --shape "$shapes" --only "$systems" --precision bf16 \
+  --seq-len "${SEQ_LEN:-1024}" --batch-size "${BATCH:-64}" --steps "${STEPS:-5}" --per-round "${PER_ROUND:-20}" \
+  --out "$out/gpu-train.json"
+
+# Two processes must have the loss curve of one.
+ranks=2
+[ "$device" = cuda ] && ranks=$("$python" -c 'import torch; print(min(2, torch.cuda.device_count()))')
+curves() {
+  root=$PWD
+  for processes in 1 2; do
+    mkdir -p "$scratch/$processes" && cd "$scratch/$processes" || return 1
+    sed -e 's/precision: .*/precision: fp32/' -e "s/device: .*/device: $device/" -e 's/max_steps: .*/max_steps: 50/' \
+      -e 's/warmup_steps: .*/warmup_steps: 10/' "$root/configs/stories-tiny.yaml" > params.yaml
+    "$python" -m stages.prepare && "$python" -m stages.tokenize || return 1
+  done
+  (cd "$scratch/1" && "$python" -m stages.train) || return 1
+  (cd "$scratch/2" && OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m stages.train) || return 1
+  "$python" - "$scratch/1" "$scratch/2" "$root/$out/ddp.json" << 'END'
+import csv, json, sys
+one, two = ([float(row["loss"]) for row in csv.DictReader(open(f"{folder}/reports/train/train.csv"))] for folder in sys.argv[1:3])
+difference = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
+json.dump({"steps": 50, "largest_relative_difference": difference, "last_loss": two[-1]}, open(sys.argv[3], "w"))
+sys.exit(difference > 1e-4)
+END
+}
+export -f curves
+export python device scratch out
+rm -f "$out/ddp.json" "$out/decode.json"
+if [ "$ranks" -gt 1 ]; then part ddp 120 bash -c curves; fi
+
+if [ -f benchmarks/decode.py ]; then
+  part decode 120 "$python" benchmarks/decode.py --device "$device" --out "$out/decode.json"
+fi
+
+"$python" - "$out" "$ranks" "${failed[@]}" << 'END'
+import json, sys
+from pathlib import Path
+
+out, ranks, failed = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+parts = {"train": "gpu-train.json", "ddp": "ddp.json", "decode": "decode.json"}
+found = {name: json.loads((out / file).read_text()) for name, file in parts.items() if (out / file).is_file()}
+(out / "ddp.json").unlink(missing_ok=True)
+(out / "gpu.json").write_text(json.dumps({**found, "processes": ranks, "failed": failed}, indent=2) + "\n")
+print((out / "gpu-train.md").read_text() if (out / "gpu-train.md").is_file() else "no training results")
+print("failed:", ", ".join(failed) or "nothing")
+sys.exit(bool(set(failed) - {"peers"}))
+END
