@@ -443,7 +443,7 @@ import resource, sys, torch
 from smallgpt.loop import set_up_process
 if sys.argv[1] == "kept":
     set_up_process(1)
-for _ in range(3):
+for _ in range(12):  # glibc reuses the first ones only after some rounds
     torch.ones(2**24).sum()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**24).sum()
@@ -453,5 +453,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         int(subprocess.check_output([sys.executable, "-c", code, word], env=os.environ | {"PYTHONPATH": str(ROOT)}))
         for word in ("kept", "returned")
     )
-    assert kept < 100
-    assert returned > 1000
+    assert kept < 100 <= 1000 < returned
