@@ -10,6 +10,7 @@ import contextlib
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -45,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=30, help="for each number of clients (default: 30)")
     parser.add_argument("--tokens", type=int, default=64, help="of each completion (default: 64)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("serve", nargs="*", help="after --: options of smallgpt.serve, such as --rows 32")
+    parser.add_argument("--serve", default="", help="options of smallgpt.serve, as in --serve='--rows 32'")
     options = parser.parse_args(arguments)
     with contextlib.ExitStack() as stack:
-        url = options.url or stack.enter_context(served([options.bundle, *options.serve]))
+        url = options.url or stack.enter_context(served([options.bundle, *shlex.split(options.serve)]))
         place = urllib.parse.urlsplit(url)
         asyncio.run(run(place.hostname or "", place.port or 80, 1, 1.0, options.tokens))  # warm up
         rows = []
@@ -142,8 +143,8 @@ def line(row: dict[str, Any]) -> str:
     """A row of figures in words."""
     return (
         f"{row['clients']:3} clients: {row['requests']} requests, {row['errors']} errors, "
-        f"{row['tokens_per_second']} tokens/s | first text p50 {row['first_p50_ms']} ms, p99 {row['first_p99_ms']} ms | "
-        f"per piece p50 {row['between_p50_ms']} ms, p99 {row['between_p99_ms']} ms"
+        f"{row['tokens_per_second']} tokens/s | first p50 {row['first_p50_ms']} ms, p99 {row['first_p99_ms']} ms | "
+        f"piece p50 {row['between_p50_ms']} ms, p99 {row['between_p99_ms']} ms"
     )
 
 

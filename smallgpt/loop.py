@@ -169,7 +169,8 @@ def compiled(model: SmallGPT, config: Config) -> Callable[[Tensor, Tensor], Tens
         return loss_function
     if settings.compile == "auto" and settings.max_steps < 200:
         return loss_function  # compiling takes longer than it saves
-    return torch.compile(loss_function)
+    # PyTorch's own generator for dropout: on a CPU the compiler's draws one number at a time.
+    return torch.compile(loss_function, options={"fallback_random": True})
 
 
 def validate(config: Config, state: TrainState, data: TokenFile, tracker: Tracker) -> None:

@@ -245,9 +245,16 @@ def _number(kind: type, least: float, text: str) -> float:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that is bound; OSError, when it cannot be, names the place."""
+    # asyncio turns Nagle's delay off only for sockets that name their protocol.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        return listener
     except (OSError, OverflowError) as error:
+        listener.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(f"cannot listen on {host}:{port}: {reason}; choose with --host and --port") from None
 
