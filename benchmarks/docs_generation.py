@@ -1,7 +1,8 @@
 """`python -m benchmarks.docs_generation`: run the commands of docs/generation.md again and write down what they say.
 
 A console block that follows the line `<!-- run -->` begins with `$ ` and a command, and holds what it wrote to stdout
-and then to stderr. One that follows `<!-- session -->` is run in a terminal, where the lines after `> ` are typed.
+and then to stderr. One that follows `<!-- session -->` is run in a terminal, where the lines after `> ` are typed, and
+one that follows `<!-- http -->` asks a server, which is started for it.
 """
 
 import os
@@ -15,13 +16,20 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.serve import served
+
 PAGE = Path("docs/generation.md")
-BLOCK = re.compile(r"<!-- (run|session) -->\n```console\n\$ ((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```\n", re.S)
+BLOCK = re.compile(r"<!-- (run|session|http) -->\n```console\n\$ ((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```\n", re.S)
 
 
 def commands(page: str) -> list[str]:
-    """The commands of all marked blocks."""
-    return [match[2] for match in BLOCK.finditer(page)]
+    """The commands of all marked blocks, but not those that ask a server."""
+    return [match[2] for match in BLOCK.finditer(page) if match[1] != "http"]
+
+
+def requests(page: str) -> list[str]:
+    """The commands that ask a server, at localhost:8080."""
+    return [match[2] for match in BLOCK.finditer(page) if match[1] == "http"]
 
 
 def refreshed(page: str, run: Callable[[str], str], session: Callable[[str, list[str]], str]) -> str:
@@ -30,7 +38,7 @@ def refreshed(page: str, run: Callable[[str], str], session: Callable[[str, list
     def replace(match: re.Match[str]) -> str:
         kind, command, old = match.groups()
         typed = re.findall(r"^> (.*)$", old, re.M)
-        new = run(command) if kind == "run" else session(command, typed)
+        new = session(command, typed) if kind == "session" else run(command)
         return f"<!-- {kind} -->\n```console\n$ {command}\n{new.rstrip()}\n```\n"
 
     return BLOCK.sub(replace, page)
@@ -65,4 +73,9 @@ def terminal(command: str, typed: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8"), shell, terminal), encoding="utf-8")
+    with served(["exports/fp32"]) as address:
+        place = address.removeprefix("http://")
+        text = refreshed(
+            PAGE.read_text(encoding="utf-8"), lambda c: shell(c.replace("localhost:8080", place)), terminal
+        )
+    PAGE.write_text(text, encoding="utf-8")

@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     host, port = listener.getsockname()[:2]
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    listener.listen(1024)
     log.info("%s on %s, listening on http://%s/v1", name, model.device, place)
     try:
         server.run(sockets=[listener])

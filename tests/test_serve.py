@@ -23,6 +23,7 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.docs_generation import requests, shell
 from smallgpt.beams import beam_search
 from smallgpt.generation import generate
 from smallgpt.openapi import FIELDS
@@ -389,6 +390,20 @@ def test_wrong_requests(server: Served, body: Any, message: str, param: str | No
     assert message in found
     assert len(found) < 600
     assert server.complete(prompt="the", max_tokens=1)["choices"][0]["finish_reason"] in ("length", "stop")
+
+
+def test_the_examples_of_the_documentation(server: Served) -> None:
+    page = (ROOT / "docs/generation.md").read_text(encoding="utf-8")
+    examples = requests(page)
+    assert len(examples) > 5
+    for command in examples:
+        answer = shell(command.replace("localhost:8080", f"127.0.0.1:{server.port}"))
+        assert ('"error"' in answer) == ("temprature" in command), answer
+        assert len(answer) > 50
+    routes = server.call("/openapi.json")[1]["paths"]
+    assert [path for path in routes if path not in page] == ["/tokenizer_info"]
+    fields = {name for name in FIELDS if f"`{name}`" not in page}
+    assert fields == {"model", "user", "suffix", "best_of"}
 
 
 def test_routes_and_methods_that_are_not_there(server: Served) -> None:
