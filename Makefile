@@ -54,5 +54,13 @@ lint: .venv/.installed  ## Format check, lint and types
 format: .venv/.installed  ## Format the code
 	@ruff format . && ruff check --fix .
 
+.venv-bench/.installed: pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-bench/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: .venv-bench/.installed  ## Time decoding against llama.cpp on models/gpt and exports (compiles it once, some minutes)
+	@.venv-bench/bin/python benchmarks/decode.py
+
 clean:  ## Remove what the pipeline and the tools wrote, but not the environment or the DVC cache
 	rm -rf data/prepared data/tokens models exports reports .smallgpt .pytest_cache .mypy_cache .ruff_cache .hypothesis
