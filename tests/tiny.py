@@ -102,7 +102,7 @@ def write_endless(folder: Path) -> Path:
     """A bundle with room for more text than a test waits for; it has no certificate."""
     model = random_model(max_seq_len=50_000)
     model_dir, _ = write_project(folder, model)
-    settings = write_bundle(folder / "fp32", "fp32", model, model_dir, GenerationConfig(max_new_tokens=50_000))
+    settings = write_bundle(folder / "fp32", "fp32", model, model_dir, GenerationConfig(max_new_tokens=50_000), {})
     write_json(folder / "fp32" / "parity.json", {})
     write_config(folder / "fp32", settings)
     return folder / "fp32"
