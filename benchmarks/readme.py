@@ -49,11 +49,14 @@ def sample() -> str:
         with contextlib.suppress(ValueError):
             story_nats(text)
             told += 1
-    return (
-        f"{told} of the {len(samples)} samples are stories that the grammar could have told, every name, pronoun and object "
-        f"and\nthe weather kept to the end; the rest slip in a word. The first one (seed 0, not picked; all of them in "
-        f"reports/evaluate/samples.md):\n\n```text\n{samples[0]}\n```\n"
-    )
+    return f"""{told} of the {len(samples)} samples are stories that the grammar could have told: names, pronouns,
+objects and the weather are kept to the end. The others slip in a word. The first one (seed 0, not picked;
+reports/evaluate/samples.md has all):
+
+```text
+{samples[0]}
+```
+"""
 
 
 def generation() -> str:
