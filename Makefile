@@ -16,7 +16,7 @@ help:  ## List the targets
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smallgpt needs Python 3.11 or newer")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,serve,dev]'
 	touch $@
 
 repro: .venv/.installed  ## Run the pipeline: corpus, tokenizer, training, evaluation, export
@@ -33,6 +33,7 @@ data: .venv/.installed  ## Write a corpus as text: make data SOURCE=shakespeare
 	@python -m smallgpt.corpus $(SOURCE)
 
 ui: .venv/.installed  ## Show the runs on http://127.0.0.1:5000
+	@echo 'the runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	@mlflow ui --host 127.0.0.1 --backend-store-uri "$$(python -c 'from smallgpt.tracking import tracking_uri; print(tracking_uri())')"
 
 bench-train: .venv/.installed  ## Training speed against Transformers and the machine's peak; half an hour on 2 cores
@@ -52,6 +53,14 @@ lint: .venv/.installed  ## Format check, lint and types
 
 format: .venv/.installed  ## Format the code
 	@ruff format . && ruff check --fix .
+
+.venv-bench/.installed: pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-bench/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: .venv-bench/.installed  ## Time decoding against llama.cpp on models/gpt and exports (compiles it once, some minutes)
+	@.venv-bench/bin/python benchmarks/decode.py
 
 clean:  ## Remove what the pipeline and the tools wrote, but not the environment or the DVC cache
 	rm -rf data/prepared data/tokens models exports reports .smallgpt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,11 +4,14 @@
 does not fit, 4 a device that is not there, 130 and 143 stopped by SIGINT or SIGTERM.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 
@@ -33,6 +36,27 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C in the list that is yielded, so that work can end between two steps; a second one is raised."""
+    pressed: list[int] = []
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # a job in the background
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -158,7 +158,12 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     """Which bundles are written and on how much text they are certified."""
 
-    variants: Annotated[list[Literal["fp32", "fp16"]], Field(min_length=1)] = ["fp32", "fp16"]
+    variants: Annotated[list[Literal["fp32", "int8", "int4", "fp16"]], Field(min_length=1)] = [
+        "fp32",
+        "int8",
+        "int4",
+        "fp16",
+    ]
     certificate_tokens: Annotated[int, Field(ge=100)] = 20_000
     threads: Annotated[int, Field(ge=0)] = 0
 

@@ -43,6 +43,7 @@ class Piece:
     finish: Finish | None = None
     logprob: float | None = None  # of the token, by the model itself, before penalties and temperature
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log-probabilities
+    error: ValueError | None = None  # why nothing could be drawn, in a tolerant batch
 
 
 @dataclass
@@ -125,6 +126,8 @@ class Batch:
         speculate: while one sequence is alone, guess up to so many tokens ahead by looking for its last words in what
             stands before (prompt lookup), and check them in one run. The text stays what it would have been.
         slide: at the end of the context, read its last half again and go on.
+        tolerant: a sequence whose settings leave no token to draw is interrupted, with the error in its piece; else
+            `step` raises, and the batch cannot go on.
     """
 
     def __init__(
@@ -136,8 +139,10 @@ class Batch:
         even: bool = False,
         speculate: int = 0,
         slide: bool = False,
+        tolerant: bool = False,
     ) -> None:
         self.model, self.even, self.slide, self.capacity = model, even, slide, capacity or model.max_seq_len
+        self.tolerant = tolerant
         self.rows = rows
         self.speculation = Speculation(speculate)
         self._waiting: deque[_Row] = deque()
@@ -246,15 +251,20 @@ class Batch:
     def _draw(self, row: _Row, logits: np.ndarray) -> Piece:
         """Draw one token for a sequence from its logits (V,)."""
         config, tokenizer = row.config, self.model.tokenizer
-        token = sample(
-            logits,
-            config,
-            position=row.position,
-            sequence=row.number,
-            previous=row.ids,
-            banned=row.banned,
-            ends=row.ends,
-        )
+        try:
+            token = sample(
+                logits,
+                config,
+                position=row.position,
+                sequence=row.number,
+                previous=row.ids,
+                banned=row.banned,
+                ends=row.ends,
+            )
+        except ValueError as error:
+            if not self.tolerant:
+                raise
+            return Piece(row.key, None, row.stream.finish(), "interrupted", error=error)
         row.ids.append(token)
         row.position += 1
         finish: Finish | None = None

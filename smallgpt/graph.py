@@ -2,7 +2,8 @@
 
 The nodes are those ONNX Runtime decodes fastest with: GroupQueryAttention on packed q, k and v with a cache that past
 and present share in place, SkipLayerNormalization that takes the bias of the linear layer before it and hands on the
-residual sum, and FastGelu (tanh) with its bias. Operators: onnxruntime, docs/ContribOperators.md.
+residual sum, FastGelu (tanh) with its bias, and for quantised weights MatMulNBits, which rounds its inputs to 8 bits
+by blocks, and GatherBlockQuantized. Operators: onnxruntime, docs/ContribOperators.md.
 
 Shapes: B sequences, S new tokens each, D = embed_dim, V = vocab_size, M = capacity of the cache, N = wanted logits.
 """
@@ -14,6 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from smallgpt.config import ModelConfig
+from smallgpt.quantize import Quantized
 
 CONTRIB = "com.microsoft"
 EPSILON = 1e-5
@@ -29,7 +31,11 @@ class _Builder:
 
     def weight(self, name: str, array: np.ndarray) -> str:
         """Store a float array under `name` in the graph's precision."""
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array, dtype=self.dtype), name))
+        return self.constant(name, array.astype(self.dtype))
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Store an array under `name` as it is."""
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
     def add(self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: Any) -> str:
@@ -37,9 +43,41 @@ class _Builder:
         self.nodes.append(helper.make_node(op, inputs, outputs, outputs[0], domain=domain, **attributes))
         return outputs[0]
 
+    def table(self, name: str, table: np.ndarray | Quantized, rows: str, output: str) -> str:
+        """Store a table (N, D) and look up `rows` of it, (B, S) -> (B, S, D)."""
+        if not isinstance(table, Quantized):
+            return self.add("Gather", [self.weight(name, table), rows], output)
+        self.quantized(name, table)
+        # MatMulNBits wants its blocks in three dimensions, the look-up in two. This is folded when a session starts.
+        flat = self.add("Reshape", [name, self.constant(f"{name}.flat", np.array([0, -1]))], f"{name}.rows")
+        width, inputs = len(table.scales[0]) * table.block, [flat, rows, f"{name}.scales"]
+        layout = {"bits": table.bits, "block_size": table.block, "gather_axis": 0, "quantize_axis": 1}
+        if width == table.columns:
+            return self.add("GatherBlockQuantized", inputs, output, domain=CONTRIB, **layout)
+        padded = self.add("GatherBlockQuantized", inputs, f"{output}.padded", domain=CONTRIB, **layout)
+        bounds = {"start": 0, "end": table.columns, "axis": 2}
+        ends = [self.constant(f"{output}.{key}", np.array([value])) for key, value in bounds.items()]
+        return self.add("Slice", [padded, *ends], output)
+
+    def quantized(self, name: str, weight: Quantized) -> None:
+        """Store the levels and scales of a matrix."""
+        self.constant(name, weight.values)
+        self.constant(f"{name}.scales", weight.scales)
+
+    def product(self, x: str, name: str, weight: Quantized, output: str, bias: str = "") -> str:
+        """x W^T (+ bias) for a matrix (N, K) that is stored: (..., K) -> (..., N)."""
+        inputs = [x, name, f"{name}.scales", *(["", "", bias] if bias else [])]
+        shape = {"K": weight.columns, "N": len(weight.values), "bits": weight.bits, "block_size": weight.block}
+        # Level 4 computes with inputs in 8 bits; the others turn the weights into floats first, which is slow.
+        return self.add("MatMulNBits", inputs, output, domain=CONTRIB, accuracy_level=4, **shape)
+
 
 def build_graph(
-    weights: Mapping[str, np.ndarray], config: ModelConfig, *, dtype: str, rope: tuple[np.ndarray, np.ndarray] | None
+    weights: Mapping[str, np.ndarray | Quantized],
+    config: ModelConfig,
+    *,
+    dtype: str,
+    rope: tuple[np.ndarray, np.ndarray] | None,
 ) -> ModelProto:
     """Build the graph of one model.
 
@@ -50,8 +88,9 @@ def build_graph(
     (N, V) float32. The embedding is stored once and serves as the head too.
 
     Args:
-        weights: the parameters by their names in SmallGPT, linear layers as (out, in).
-        dtype: "float32" or "float16": weights, activations and cache.
+        weights: the parameters by their names in SmallGPT, linear layers as (out, in); the matrices among them,
+            embeddings included, may be quantised where dtype is "float32".
+        dtype: "float32" or "float16": weights that are not quantised, activations and cache.
         rope: for llama the cosines and sines (max_seq_len, head_dim / 2), else None.
 
     Raises:
@@ -64,32 +103,38 @@ def build_graph(
             f"for architecture {config.architecture}"
         )
     graph = _Builder(dtype)
-    linear = {name: array.T for name, array in weights.items() if array.ndim == 2}  # MatMul wants (in, out)
     gpt2 = config.architecture == "gpt2"
     if rope is not None:
         graph.weight("rope.cos", rope[0])
         graph.weight("rope.sin", rope[1])
 
-    def matmul(x: str, name: str) -> str:
-        graph.weight(f"{name}.weight", linear[f"{name}.weight"])
-        return graph.add("MatMul", [x, f"{name}.weight"], f"{name}.matmul")
+    def vector(name: str) -> str:
+        array = weights[name]
+        assert isinstance(array, np.ndarray)
+        return graph.weight(name, array)
+
+    def matmul(x: str, name: str, bias: str = "") -> str:
+        key, weight = f"{name}.weight", weights[f"{name}.weight"]
+        if isinstance(weight, Quantized):
+            graph.quantized(key, weight)
+            return graph.product(x, key, weight, f"{name}.matmul", vector(bias) if bias else "")
+        graph.weight(key, weight.T)  # MatMul wants (in, out)
+        x = graph.add("MatMul", [x, key], f"{name}.matmul")
+        return graph.add("Add", [x, vector(bias)], name) if bias else x
 
     def skip_norm(x: str, residual: str, name: str, bias: str = "") -> tuple[str, str]:
         """The norm of x + residual + bias, and that sum for the next residual."""
-        inputs = [x, residual, graph.weight(f"{name}.weight", weights[f"{name}.weight"])]
+        inputs = [x, residual, vector(f"{name}.weight")]
         if gpt2:
-            inputs.append(graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
-            inputs += [graph.weight(bias, weights[bias])] if bias else []
+            inputs.append(vector(f"{name}.bias"))
+            inputs += [vector(bias)] if bias else []
         op = "SkipLayerNormalization" if gpt2 else "SkipSimplifiedLayerNormalization"
         outputs = [f"{name}.norm", "", "", f"{name}.residual"]
         graph.add(op, inputs, *outputs, domain=CONTRIB, epsilon=EPSILON)
         return outputs[0], outputs[3]
 
     def attention(x: str, layer: str, index: int) -> str:
-        qkv = matmul(x, f"{layer}.attn.qkv")  # (B, S, (H + 2 KV) * head_dim)
-        if gpt2:
-            bias = graph.weight(f"{layer}.attn.qkv.bias", weights[f"{layer}.attn.qkv.bias"])
-            qkv = graph.add("Add", [qkv, bias], f"{layer}.attn.qkv")
+        qkv = matmul(x, f"{layer}.attn.qkv", f"{layer}.attn.qkv.bias" if gpt2 else "")  # (B, S, (H + 2 KV) * head_dim)
         past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
         graph.add(
@@ -106,35 +151,35 @@ def build_graph(
     def mlp(x: str, layer: str) -> str:
         up = matmul(x, f"{layer}.mlp.up")
         if gpt2:
-            bias = graph.weight(f"{layer}.mlp.up.bias", weights[f"{layer}.mlp.up.bias"])
-            hidden = graph.add("FastGelu", [up, bias], f"{layer}.mlp.gelu", domain=CONTRIB)
+            hidden = graph.add("FastGelu", [up, vector(f"{layer}.mlp.up.bias")], f"{layer}.mlp.gelu", domain=CONTRIB)
         else:
             graph.add("Split", [up], f"{layer}.mlp.gate", f"{layer}.mlp.value", axis=-1, num_outputs=2)
             gate = graph.add("QuickGelu", [f"{layer}.mlp.gate"], f"{layer}.mlp.silu", domain=CONTRIB, alpha=1.0)
             hidden = graph.add("Mul", [gate, f"{layer}.mlp.value"], f"{layer}.mlp.hidden")
         return matmul(hidden, f"{layer}.mlp.down")  # (B, S, D)
 
-    graph.weight("wte.weight", weights["wte.weight"])
-    residual = graph.add("Gather", ["wte.weight", "input_ids"], "tokens")  # (B, S, D)
+    head = weights["wte.weight"]
+    residual = graph.table("wte.weight", head, "input_ids", "tokens")  # (B, S, D)
     if gpt2:
-        graph.weight("wpe.weight", weights["wpe.weight"])
-        positions = graph.add("Gather", ["wpe.weight", "position_ids"], "positions")
+        positions = graph.table("wpe.weight", weights["wpe.weight"], "position_ids", "positions")
         x, residual = skip_norm(residual, positions, "h.0.ln_1")
     else:
-        scale = graph.weight("h.0.ln_1.weight", weights["h.0.ln_1.weight"])
+        scale = vector("h.0.ln_1.weight")
         x = graph.add("SimplifiedLayerNormalization", [residual, scale], "h.0.ln_1.norm", axis=-1, epsilon=EPSILON)
     for i in range(config.num_layers):
         layer = f"h.{i}"
         x, residual = skip_norm(attention(x, layer, i), residual, f"{layer}.ln_2", f"{layer}.attn.proj.bias")
         after = f"h.{i + 1}.ln_1" if i + 1 < config.num_layers else "ln_f"
         x, residual = skip_norm(mlp(x, layer), residual, after, f"{layer}.mlp.down.bias")
-    graph.constants.append(numpy_helper.from_array(np.array([-1, config.embed_dim], np.int64), "flat"))
-    x = graph.add("Reshape", [x, "flat"], "hidden")  # (B * S, D)
+    x = graph.add("Reshape", [x, graph.constant("flat", np.array([-1, config.embed_dim]))], "hidden")  # (B * S, D)
     x = graph.add("Gather", [x, "logit_index"], "wanted")  # (N, D)
-    half = dtype == "float16"
-    logits = graph.add("Gemm", [x, "wte.weight"], "head" if half else "logits", transB=1)  # (N, V)
-    if half:
-        graph.add("Cast", [logits], "logits", to=TensorProto.FLOAT)
+    if isinstance(head, Quantized):
+        graph.product(x, "wte.weight", head, "logits")  # (N, V)
+    else:
+        half = dtype == "float16"
+        logits = graph.add("Gemm", [x, "wte.weight"], "head" if half else "logits", transB=1)  # (N, V)
+        if half:
+            graph.add("Cast", [logits], "logits", to=TensorProto.FLOAT)
     return _model(graph, config)
 
 

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not prompts:
         return 0
     work = Work(model, config, [Prompt(text, _ids(model, text, config, options)) for text in prompts])
-    _check_together(options, work)
+    _check(options, work)
     if config.temperature and config.num_beams == 1 and (origin["seed"] == "random" or not options.quiet):
         print(f"seed: {config.seed}", file=sys.stderr)
     live = options.stream and not (options.json or options.jsonl or options.output) and work.total == 1
@@ -87,8 +87,9 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"--output is {path}, which cannot be written; name another file")
 
 
-def _check_together(options: argparse.Namespace, work: "Work") -> None:
-    """Raise ValueError for options that do not act together."""
+def _check(options: argparse.Namespace, work: "Work") -> None:
+    """Raise ValueError for settings that do not fit the model, and options that do not act together."""
+    work.config.check_ids(work.model.vocab_size)
     if work.config.num_beams > 1:
         slide = options.context_overflow == "slide"
         names = {"--speculate": options.speculate, "--context-overflow slide": slide}
@@ -171,14 +172,14 @@ class Work:
 
         for key, result in enumerate(self.results):
             batch.add(key, self.prompts[result.prompt].ids, self.config, number=result.index, logprobs=options.logprobs)
-        try:
-            while batch.busy:
+        with cli.interrupts() as pressed:
+            while batch.busy and not pressed:
                 for piece in batch.step():
                     take(piece)
-        except KeyboardInterrupt:
             for piece in filter(None, map(batch.cancel, range(self.total))):  # the text that was held back
                 take(piece)
-            raise
+        if pressed:
+            raise KeyboardInterrupt
         if options.speculate:
             guesses = batch.speculation
             share = f", {guesses.accepted / guesses.proposed:.0%} right" if guesses.proposed else ""
@@ -268,10 +269,14 @@ def _render(work: Work, options: argparse.Namespace, load: float) -> str:
             "seed": work.config.seed,
         }
         if result.score is not None:
-            row["score"] = result.score
+            row["score"] = round(result.score, 6)
         if options.logprobs is not None and result.pieces:
             row["logprobs"] = [
-                {"id": piece.token, "logprob": piece.logprob, "top": [list(pair) for pair in piece.top]}
+                {
+                    "id": piece.token,
+                    "logprob": round(piece.logprob or 0.0, 6),
+                    "top": [[token, round(logprob, 6)] for token, logprob in piece.top],
+                }
                 for piece in result.pieces
             ]
         rows.append(row)
@@ -284,7 +289,7 @@ def _render(work: Work, options: argparse.Namespace, load: float) -> str:
         "settings": work.config.to_dict(),
         "variant": bundle.config.variant,
         "device": work.model.device,
-        "model_sha256": bundle.config.lineage.get("model_sha256"),
+        "model_sha256": bundle.config.lineage.get("model"),
         "prompt_tokens": work.prompt_tokens,
         "tokens": work.tokens,
         "seconds": {name: round(value, 4) for name, value in timings.items()},

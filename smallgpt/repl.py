@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from smallgpt.beams import beam_search
+from smallgpt.cli import interrupts
 from smallgpt.files import write_atomic
 from smallgpt.generation import Batch
 from smallgpt.options import convert, unescape
@@ -107,16 +108,14 @@ class Session:
         batch = Batch(self.model, 1, speculate=self.speculate, slide=self.slide)
         batch.add(0, ids, self.config, number=self.turn)
         finish = ""
-        try:
-            while batch.busy:
+        with interrupts() as pressed:
+            while batch.busy and not pressed:
                 for piece in batch.step():
                     self.tokens += piece.token is not None
                     finish = piece.finish or ""
                     self.show(piece.text)
-        except KeyboardInterrupt:
             last = batch.cancel(0)
             self.show(last.text if last else "")  # what was held back
-            raise
         return finish
 
     def search(self, ids: list[int]) -> str:

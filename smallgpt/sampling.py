@@ -203,10 +203,15 @@ def top_k_ids(logits: np.ndarray, top_k: int) -> np.ndarray:
 
 def keep_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
     """Mask (n,) of the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
-    order = np.argsort(-logits, kind="stable")
-    probabilities = softmax(logits[order])
-    mask = np.empty(logits.size, bool)
-    mask[order] = np.cumsum(probabilities) - probabilities < top_p
+    probabilities = softmax(logits)
+    mask = np.zeros(logits.size, bool)
+    for count in (min(256, logits.size), logits.size):  # sorting a few is enough, unless they do not reach top_p
+        ids = top_k_ids(logits, count)
+        ids = ids[np.argsort(-logits[ids], kind="stable")]
+        before = np.cumsum(probabilities[ids]) - probabilities[ids]
+        mask[ids] = before < top_p
+        if not mask[ids[-1]]:
+            break
     return mask
 
 

@@ -1,11 +1,14 @@
 """Exit codes and the one line on stderr, in real processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from smallgpt.cli import interrupts
 
 ROOT = Path(__file__).parent.parent
 HEADER = """
@@ -81,3 +84,26 @@ def test_closed_pipe_is_quiet(body: str, code: int, stderr: str) -> None:
     os.close(reader)
     assert process.communicate()[1] == stderr
     assert process.returncode == code  # 141 is what a shell shows for SIGPIPE
+
+
+def test_control_c_waits_for_the_end_of_a_step() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as pressed:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert pressed == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+    with interrupts() as pressed:
+        assert pressed == []
+
+
+def test_control_c_stays_ignored_where_it_was() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts() as pressed:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert pressed == []
+    finally:
+        signal.signal(signal.SIGINT, before)

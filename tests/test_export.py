@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import logging
 import subprocess
@@ -17,10 +18,11 @@ from smallgpt import export as export_module
 from smallgpt.bundle import FILES
 from smallgpt.cli import MismatchError
 from smallgpt.config import ExportConfig
-from smallgpt.export import export, library_hashes
+from smallgpt.export import VARIANTS, export, library_hashes, second_moments
 from smallgpt.files import sha256_bytes, sha256_file
 from smallgpt.model import SmallGPT
-from smallgpt.runtime import OrtGPT
+from smallgpt.quantize import Quantized, quantize_weights
+from smallgpt.runtime import OrtGPT, check_golden
 from smallgpt.sampling import GenerationConfig
 from stages.export import main as stage
 
@@ -36,7 +38,7 @@ CONTEXT = 64
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SmallGPT, Path]:
     """A model of each kind and the folder of its bundles."""
     model = tiny.random_model(**MODELS[request.param])
-    return model, tiny.write_bundles(tmp_path_factory.mktemp(request.param), model, ["fp32", "fp16"])
+    return model, tiny.write_bundles(tmp_path_factory.mktemp(request.param), model, ["fp32", "int8", "int4", "fp16"])
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,61 @@ def test_ragged_batches_equal_torch_up_to_the_last_position(pair, variant: str, 
     with pytest.raises(ValueError, match="65 tokens do not fit into the context of 64"):
         served.step(rows[:, 0])
     assert np.abs(expected).max() > 4  # the tolerance means something
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"embed_dim": 128},
+        {"embed_dim": 40, "num_heads": 5, "max_seq_len": 33},  # no block divides 40
+        {"architecture": "llama", "embed_dim": 96, "num_heads": 3, "ffn_dim": 88},
+        {"architecture": "llama", "num_kv_heads": 2},
+    ],
+)
+def test_quantised_graphs_compute_with_the_dequantised_weights(
+    tmp_path: Path, shape: dict[str, object], variant: str
+) -> None:
+    model = tiny.random_model(**shape)
+    bundle = tiny.write_bundles(tmp_path, model, [variant]) / variant
+    moments = second_moments(model, np.fromfile(tmp_path / "tokens" / "train.bin", np.uint16).astype(np.int64))
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    quantized = quantize_weights(weights, VARIANTS[variant].bits, moments)
+    rounded = {
+        name: value.dequantized() if isinstance(value, Quantized) else value for name, value in quantized.items()
+    }
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in rounded.items()})
+    # With inputs in full precision the graph must give the same as PyTorch with the dequantised weights.
+    graph = onnx.load(bundle / "model.onnx")
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    onnx.save(graph, bundle / "model.onnx")
+    served = OrtGPT(bundle, device="cpu", threads=1, verify=False)
+    context = model.config.max_seq_len
+    rows, lengths = random_ids(3, context), np.array([context - 3, 1, 5])
+    expected = torch_logits(model, rows)
+    np.testing.assert_allclose(served.logits(rows[0]), expected[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(served.logits(rows[0], range(1, context)), expected[0], rtol=0, atol=1e-4)
+    logits = served.prefill(rows[:, : lengths[0]], lengths)
+    np.testing.assert_allclose(logits, expected[np.arange(3), lengths - 1], rtol=0, atol=1e-4)
+    for step in range(3):
+        logits = served.step(rows[np.arange(3), lengths + step])
+        np.testing.assert_allclose(logits, expected[np.arange(3), lengths + step], rtol=0, atol=1e-4)
+
+
+def test_second_moments_are_those_of_the_layers_inputs() -> None:
+    model = tiny.random_model()
+    ids = random_ids(150)
+    moments = second_moments(model, ids)
+    assert sorted(moments) == sorted(
+        name for name in model.state_dict() if name.startswith("h.") and ".ln" not in name and name.endswith("weight")
+    )
+    with torch.no_grad():
+        x = model.h[0].ln_1(model.wte(torch.from_numpy(ids)) + model.wpe(torch.arange(150) % CONTEXT))
+    np.testing.assert_allclose(moments["h.0.attn.qkv.weight"], (x.T @ x / 150).numpy(), rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_every_prompt_cut_equals_torch(pair) -> None:
@@ -135,6 +192,27 @@ def test_the_graph_has_exactly_the_intended_nodes(pair) -> None:
         assert nodes == {**common, **norms, "Gather": 2, "Split": 2, "QuickGelu": 2, "Mul": 2}
 
 
+def test_a_quantised_graph_holds_each_matrix_once_in_few_bits(pair) -> None:
+    model, bundles = pair
+    matrices = {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim == 2}
+    for bits in (8, 4):
+        graph = onnx.load(bundles / f"int{bits}" / "model.onnx").graph
+        names = [constant.name for constant in graph.initializer]
+        assert len(names) == len(set(names))
+        stored = {c.name: int(np.prod(c.dims)) for c in graph.initializer if c.data_type == onnx.TensorProto.UINT8}
+        assert stored == {
+            name: tensor.numel() * (bits if name.startswith("h.") else 8) // 8 for name, tensor in matrices.items()
+        }
+        nodes = Counter(node.op_type for node in graph.node)
+        tables = 2 if model.config.architecture == "gpt2" else 1
+        assert nodes["MatMulNBits"] == 9
+        assert nodes["GatherBlockQuantized"] == tables
+        assert nodes["Gather"] == 1  # of the wanted positions
+        assert not {"MatMul", "Gemm", "Add"} & set(nodes)
+        levels = {a.i for node in graph.node for a in node.attribute if a.name == "accuracy_level"}
+        assert levels == {4}
+
+
 def test_the_certificate_says_what_was_measured(pair) -> None:
     model, bundles = pair
     for variant, largest in (("fp32", 2e-5), ("fp16", 0.05)):
@@ -154,12 +232,19 @@ def test_the_certificate_says_what_was_measured(pair) -> None:
         golden = certificate["golden"][-1]
         stored = np.frombuffer(base64.b64decode(golden["logits"]), "<f4")
         np.testing.assert_allclose(stored, torch_logits(model, np.array([golden["ids"]]))[0, -1], atol=1e-5)
+    for variant, limit in (("int8", 2e-3), ("int4", 5e-3)):
+        figures = json.loads((bundles / variant / "parity.json").read_text())["figures"]
+        assert figures["bits_per_byte_difference"] < limit
+        assert 0 < figures["single_bits_per_byte_difference"] < 2 * limit
+        assert figures["single_bits_per_byte_torch"] == figures["bits_per_byte_torch"]  # the text is below 2,000 tokens
+        assert 0.6 < figures["top1_agreement"] < 1
     report = json.loads((bundles.parent / "export.json").read_text())
-    for variant in ("fp32", "fp16"):
+    for variant in VARIANTS:
         graph = bundles / variant / "model.onnx"
         assert report[variant]["bytes"] == graph.stat().st_size
         assert report[variant]["sha256"] == sha256_file(graph)
-    assert report["fp16"]["bytes"] < 0.53 * report["fp32"]["bytes"]
+    sizes = [report[variant]["bytes"] / report["fp32"]["bytes"] for variant in ("fp16", "int8", "int4")]
+    assert all(size < limit for size, limit in zip(sizes, (0.53, 0.36, 0.25), strict=True))
 
 
 def test_bits_per_byte_are_those_of_the_text(project: Path) -> None:
@@ -187,10 +272,10 @@ def test_lineage_names_model_text_tokenizer_and_library(project: Path) -> None:
 
 
 def test_two_exports_have_the_same_bytes(project: Path, tmp_path: Path) -> None:
-    first, second = (run_export(project, tmp_path / name, ["fp32", "fp16"]) for name in ("a", "b"))
+    first, second = (run_export(project, tmp_path / name, list(VARIANTS)) for name in ("a", "b"))
     assert first == second
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert len(contents(tmp_path / "a")) == 2 * (len(FILES) + 1)
+    assert len(contents(tmp_path / "a")) == 4 * (len(FILES) + 1)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "a").values())
 
@@ -201,7 +286,7 @@ def test_another_process_writes_the_same_bytes(project: Path, tmp_path: Path) ->
         "import sys; from pathlib import Path; from smallgpt.config import ExportConfig\n"
         "from smallgpt.export import export; from smallgpt.sampling import GenerationConfig\n"
         "project, out = map(Path, sys.argv[1:])\n"
-        "config = ExportConfig(variants=['fp32', 'fp16'], certificate_tokens=300, threads=1)\n"
+        "config = ExportConfig(variants=['fp32', 'int8', 'int4', 'fp16'], certificate_tokens=300, threads=1)\n"
         "export(project / 'model', project / 'tokens', config, GenerationConfig(), out=out, report=out / 'r.json')\n"
     )
     for name, seed in (("a", "1"), ("b", "2")):
@@ -230,6 +315,39 @@ def test_the_certificate_fails_on_one_changed_weight(
     with pytest.raises(ValueError, match=r"the certificate of fp32 fails: max_difference is .*, the limit is 0\.001"):
         run_export(project, out, ["fp32"])
     assert contents(tmp_path) == before  # the earlier export and its report are whole, and nothing else is left
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+@pytest.mark.parametrize("weight", ["h.0.attn.qkv.weight", "h.1.mlp.down.weight", "wte.weight"])
+def test_the_certificate_fails_on_a_matrix_with_scales_of_other_rows(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, variant: str
+) -> None:
+    build = export_module.build_graph
+
+    def build_wrong(weights, *arguments, **settings):
+        matrix = weights[weight]
+        weights = weights | {weight: dataclasses.replace(matrix, scales=np.roll(matrix.scales, 1, axis=0))}
+        return build(weights, *arguments, **settings)
+
+    monkeypatch.setattr(export_module, "build_graph", build_wrong)
+    with pytest.raises(ValueError, match=f"the certificate of {variant} fails: "):
+        run_export(project, tmp_path / "exports", [variant])
+    assert not list(tmp_path.iterdir())
+
+
+def test_golden_logits_of_a_quantised_bundle_are_checked(pair) -> None:
+    for variant in ("int8", "int4"):
+        count, largest = check_golden(OrtGPT(pair[1] / variant, device="cpu", threads=1))
+        assert count == 3
+        assert 0 < largest < VARIANTS[variant].limits.max_difference
+
+
+def test_four_bits_need_the_train_split(project: Path, tmp_path: Path) -> None:
+    tiny.write_project(tmp_path, SmallGPT.from_pretrained(project / "model"))
+    (tmp_path / "tokens" / "train.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train\.bin does not exist; the tokenize stage writes it"):
+        run_export(tmp_path, tmp_path / "exports", ["int4"])
+    assert list(run_export(tmp_path, tmp_path / "exports", ["int8"])) == ["int8"]
 
 
 def test_the_certificate_fails_on_logits_that_are_not_finite(project: Path, tmp_path: Path) -> None:
@@ -265,7 +383,7 @@ def test_what_does_not_fit_together_is_refused(project: Path, tmp_path: Path) ->
     tiny.write_project(tmp_path, SmallGPT.from_pretrained(project / "model"))
     header = tmp_path / "tokens" / "test.json"
     header.write_text(header.read_text().replace(tiny.tokenizer().sha256, "0" * 64))
-    with pytest.raises(MismatchError, match="was not made with the tokenizer of"):
+    with pytest.raises(MismatchError, match=r"test\.bin was not made with the model's tokenizer"):
         run_export(tmp_path, tmp_path / "exports", ["fp32"])
     (tmp_path / "model" / "tokenizer.model").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model does not exist; the train stage writes it"):

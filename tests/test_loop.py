@@ -394,7 +394,7 @@ def test_compiles_only_where_told_and_able(
 ) -> None:
     caplog.set_level(logging.INFO)
     asked: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda function: asked.append(function) or function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: asked.append(function) or function)
     model = new_state(configure(), CPU).model
     compiled(model, configure(compile=False, max_steps=1000))
     compiled(model, configure(compile="auto", max_steps=199))

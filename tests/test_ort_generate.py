@@ -1,3 +1,5 @@
+"""The command line on bundles of tiny models: its output, its errors, and how it ends."""
+
 import base64
 import json
 import os
@@ -6,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +17,18 @@ import tiny
 
 from smallgpt.bundle import load_bundle, write_config
 from smallgpt.cli import DeviceError, MismatchError
+from smallgpt.config import EvaluationConfig
 from smallgpt.decode import stream_text
-from smallgpt.export import write_bundle
+from smallgpt.evaluate import evaluate_split
 from smallgpt.files import write_json
-from smallgpt.ort_generate import generate, main
+from smallgpt.ort_generate import main
 from smallgpt.runtime import OrtGPT, check_golden
 from smallgpt.sampling import GenerationConfig
 from smallgpt.tokenizer import train_tokenizer
+from smallgpt.tokens import TokenFile, write_tokens
 
 ROOT = Path(__file__).parent.parent
 SONG = "the dog sat 日本 🙂 happy"  # with characters that the tokenizer spells in bytes
-GREEDY = GenerationConfig(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -60,79 +64,6 @@ def error(result: subprocess.CompletedProcess[bytes]) -> tuple[int, str]:
     return result.returncode, lines[0]
 
 
-def said(model: OrtGPT, config: GenerationConfig, **settings: bool) -> tuple[list[str], str | None]:
-    """The pieces of the text that follows an empty prompt, and why it ended."""
-    steps = [step[0] for step in generate(model, [[model.tokenizer.eos_id]], config, **settings)]
-    assert [step.finish for step in steps[:-1]] == [None] * (len(steps) - 1)
-    return [step.text for step in steps], steps[-1].finish
-
-
-def test_text_streams_in_whole_characters(parrot: Path) -> None:
-    pieces, finish = said(OrtGPT(parrot, threads=1), GREEDY)
-    assert "".join(pieces) == SONG
-    assert finish == "eos"
-    assert len(pieces) == len(tiny.tokenizer().encode(SONG)) + 1
-    assert pieces.count("日") == pieces.count("🙂") == 1
-    assert pieces[pieces.index("🙂") - 3 : pieces.index("🙂")] == ["", "", ""]  # its first three bytes
-
-
-def test_stop_strings_are_cut_also_across_tokens(parrot: Path) -> None:
-    model = OrtGPT(parrot, threads=1)
-    tokens = [model.tokenizer.decode([i]) for i in model.tokenizer.encode(SONG)]
-    assert not any("g sat" in token for token in tokens)
-    pieces, finish = said(model, GenerationConfig(temperature=0, stop=("g sat", "happy")))
-    assert ("".join(pieces), finish) == ("the do", "stop")
-    # What only begins like a stop string is held back and then given out.
-    pieces, finish = said(model, GenerationConfig(temperature=0, stop=("the dig", "🙂 happy birthday")))
-    assert ("".join(pieces), finish) == (SONG, "eos")
-    assert pieces[0] == ""
-
-
-def test_length_ends_a_text_without_cutting_a_character(parrot: Path) -> None:
-    model = OrtGPT(parrot, threads=1)
-    count = next(i for i, text in enumerate(said(model, GREEDY)[0]) if text == "日") - 1  # two of its three bytes
-    pieces, finish = said(model, GenerationConfig(temperature=0, max_new_tokens=count + 1))
-    assert ("".join(pieces), finish) == ("the dog sat \ufffd", "length")
-    assert list(generate(model, [[3]], GenerationConfig(max_new_tokens=0))) == []
-
-
-def test_the_context_ends_a_text(random_bundles: Path) -> None:
-    model = OrtGPT(random_bundles / "fp32", threads=1)
-    config = GenerationConfig(max_new_tokens=1000)
-    for prompt, expected in ((1, 64), (63, 2), (64, 1)):
-        steps = list(generate(model, [[5] * prompt], config, ignore_eos=True))
-        assert len(steps) == expected
-        assert steps[-1][0].finish == "length"
-    for prompt in ([], [5] * 65):
-        with pytest.raises(ValueError, match=f"the prompt has {len(prompt)} tokens; between 1 and 64 fit"):
-            generate(model, [prompt], config)
-
-
-def test_samples_do_not_depend_on_their_batch(random_bundles: Path) -> None:
-    model = OrtGPT(random_bundles / "fp32", threads=1)
-    config = GenerationConfig(temperature=1.2, top_k=0, top_p=0.95, max_new_tokens=30, repetition_penalty=1.1, seed=7)
-    prompts = [[3, 9, 40], [3], [3, *range(10, 60)], [3, 77]]  # the third reaches the end of the context
-    together: dict[int, list[int]] = {i: [] for i in range(4)}
-    for step in generate(model, prompts, config):
-        for piece in step:
-            together[piece.sequence].append(piece.token)
-    for i, prompt in enumerate(prompts):
-        alone = [step[0].token for step in generate(model, [prompt], config, sequences=[i])]
-        assert alone == together[i]
-    assert len(together[2]) == 64 - 51 + 1  # the last one is drawn from a full context
-    assert len({tuple(tokens[:10]) for tokens in together.values()}) == 4
-    assert not {0, 1, 2} & {token for tokens in together.values() for token in tokens}
-
-
-def test_samples_equal_those_of_pytorch(random_bundles: Path) -> None:
-    model = OrtGPT(random_bundles / "fp32", threads=1)
-    for seed in range(5):
-        config = GenerationConfig(temperature=0.7, max_new_tokens=40, seed=seed)
-        expected = "".join(stream_text(tiny.random_model("llama"), "the cat", config))
-        ids = [3, *model.tokenizer.encode("the cat")]
-        assert "".join(step[0].text for step in generate(model, [ids], config)) == expected
-
-
 def test_golden_logits_catch_another_computation(random_bundles: Path, damaged: Path) -> None:
     count, largest = check_golden(OrtGPT(random_bundles / "fp32", threads=2))
     assert count == 3
@@ -154,6 +85,7 @@ def test_only_the_text_is_on_stdout(parrot: Path) -> None:
     assert result.stdout == SONG.encode()
     assert f"decode {len(tiny.tokenizer().encode(SONG)) + 1} tokens" in result.stderr.decode()
     assert b"ended by eos | fp32 on cpu" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert b"seed" not in result.stderr  # greedy draws nothing
     quiet = run(parrot, "-q", stdin=b"\n")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, SONG.encode(), b"")
@@ -240,9 +172,28 @@ def test_a_foreign_graph_is_refused(damaged: Path, parrot: Path) -> None:
     [
         (["-p", "cat " * 100], b"", "tokens; between 1 and 64 fit into the context"),
         (["-p", "x", "--top-p", "2"], b"", "top_p is 2.0; it must be between 0 and 1"),
-        (["-p", "x", "-n", "-1"], b"", "max_new_tokens is -1"),
-        (["-p", "x", "-s", "-1"], b"", "seed is -1"),
-        (["-p", "x", "-t", "-1"], b"", "threads is -1"),
+        (["-p", "x", "-n", "-2"], b"", "max_new_tokens is -2; it must be between 0 and"),
+        (["-p", "x", "-s", "-2"], b"", "seed is -2; it must be between 0 and"),
+        (["-p", "x", "-t", "-1"], b"", "--threads is -1; it must be a whole number of at least 0"),
+        (["-p", "x", "--device", "tpu"], b"", "--device is 'tpu'; it must be auto, cpu, cuda or cuda:N"),
+        (["-p", "x", "--nope"], b"", "unrecognized arguments: --nope; --help lists the options"),
+        (["-p", "x", "-f", "y"], b"", "argument -f/--file: not allowed with argument -p/--prompt"),
+        (["-p", "x", "--json", "--jsonl"], b"", "argument --jsonl: not allowed with argument --json"),
+        (["-p", "x", "--logprobs", "1"], b"", "--logprobs needs --json or --jsonl"),
+        (["-p", "x", "--json", "--logprobs", "1", "--num-beams", "2"], b"", "--logprobs does not act in beam search"),
+        (["-p", "x", "--speculate", "4", "--num-beams", "2"], b"", "--speculate does not act in beam search"),
+        (["-p", "x", "--context-overflow", "slide", "--num-beams", "2"], b"", "slide does not act in beam search"),
+        (["-p", "x", "--speculate", "4", "--num-samples", "2"], b"", "set --batch-size 1"),
+        (["-p", "x", "--batch-size", "0"], b"", "argument --batch-size: 0 is no whole number of at least 1"),
+        (["-p", "x", "--logit-bias", "5"], b"", "'5' is not ID=BIAS, such as 17=-2.5"),
+        (["-p", "x", "--logit-bias", "320=1"], b"", "logit_bias names the token 320; the vocabulary has 0 to 319"),
+        (["-p", "x", "--stop-token-id", "320"], b"", "stop_token_ids names the token 320"),
+        (["-p", "x", "--early-stopping", "maybe"], b"", "'maybe' is not true, false or never"),
+        (["-p", "x", "-o", "."], b"", "--output is ., which cannot be written"),
+        (["-p", "x", "-m", "other"], b"", "the bundle is named twice"),
+        (["-i"], b"", "--interactive needs a terminal"),
+        (["--score", "nowhere.txt"], b"", "nowhere.txt"),
+        (["--batch-file", os.devnull], b"", "/dev/null holds no prompt"),
         (["-f", "nowhere.txt"], b"", "nowhere.txt"),
         ([], b"ab\xff", "stdin is not UTF-8: byte 0xff at offset 2"),
         ([b"-p", b"\xff"], b"", "lone surrogate"),
@@ -289,24 +240,204 @@ def test_devices_are_not_swapped_silently(random_bundles: Path, caplog: pytest.L
         )
 
 
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """stdout and stderr of the command line in this process."""
+    assert main(["-t", "1", *map(str, arguments)]) == 0
+    return capsys.readouterr()
+
+
+def test_json_says_it_all(random_bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = random_bundles / "fp32"
+    options = ["-p", "the cat", "-n", 12, "-s", 5, "--num-samples", 3, "--logprobs", 2]
+    whole = json.loads(call(capsys, bundle, *options, "--json")[0])
+    assert len(whole["sequences"]) == 3
+    for i, row in enumerate(whole["sequences"]):
+        assert (row["prompt"], row["index"], row["seed"]) == ("the cat", i, 5)
+        assert row["finish_reason"] in ("eos", "length")
+        ids = [token for token in row["token_ids"] if token != 3]
+        assert row["text"] == tiny.tokenizer().decode(ids)
+        assert [entry["id"] for entry in row["logprobs"]] == row["token_ids"]
+        assert all(len(entry["top"]) == 2 and entry["logprob"] <= entry["top"][0][1] for entry in row["logprobs"])
+    assert whole["settings"]["max_new_tokens"] == 12
+    assert GenerationConfig.from_dict(whole["settings"]).seed == 5
+    assert (whole["variant"], whole["device"]) == ("fp32", "cpu")
+    assert whole["model_sha256"] == load_bundle(bundle).config.lineage["model"]
+    assert whole["prompt_tokens"] == len(tiny.tokenizer().encode("the cat")) + 1
+    assert whole["tokens"] == sum(len(row["token_ids"]) for row in whole["sequences"])
+    assert whole["seconds"].keys() == {"load", "first", "total"}
+    lines = call(capsys, bundle, *options, "--jsonl")[0].splitlines()
+    assert [json.loads(line) for line in lines] == whole["sequences"]
+    # A sample is the same without its company, and as text.
+    for i, row in enumerate(whole["sequences"]):
+        if i == 0:
+            assert call(capsys, bundle, *options[:6], "-q")[0] == row["text"]
+    texts = call(capsys, bundle, *options[:8], "-q", "--echo")[0]
+    assert texts == "\n---\n".join("the cat" + row["text"] for row in whole["sequences"]) + "\n"
+
+
+def test_beams_with_scores(random_bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = random_bundles / "fp32"
+    options = [bundle, "-p", "the cat", "-n", 12, "--num-beams", 4, "-q"]
+    whole = json.loads(call(capsys, *options, "--num-return-sequences", 3, "--json")[0])
+    rows = whole["sequences"]
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    assert call(capsys, *options)[0] == rows[0]["text"]
+    stopped = json.loads(call(capsys, *options, "--stop", rows[0]["text"][3:5], "--json")[0])["sequences"][0]
+    assert (stopped["finish_reason"], rows[0]["text"][3:5] in stopped["text"]) == ("stop", False)
+    none = json.loads(call(capsys, *options, "-n", 0, "--num-return-sequences", 3, "--json")[0])["sequences"]
+    assert [(row["text"], row["finish_reason"]) for row in none] == [("", "length")]
+
+
+def test_batch_files(random_bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, prompts = random_bundles / "fp32", ["the cat", "", "a dog\u2028sat", "happy", "sad and"]
+    options = ["-n", 9, "-s", 3, "-q"]
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join([*prompts, ""]).encode())
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    alone = [call(capsys, bundle, "-p", prompt, *options)[0] for prompt in prompts]
+    for name in ("prompts.txt", "prompts.jsonl"):
+        for size in (1, 2, 8):
+            more = ["--batch-file", tmp_path / name, "--batch-size", size, "--jsonl"]
+            rows = [
+                json.loads(line) for line in call(capsys, bundle, *options, *more)[0].removesuffix("\n").split("\n")
+            ]
+            assert [row["prompt"] for row in rows] == prompts
+            assert [row["text"] for row in rows] == alone
+    many = call(capsys, bundle, *options, "--batch-file", tmp_path / "prompts.txt", "--num-samples", 2, "--jsonl")[0]
+    rows = [json.loads(line) for line in many.removesuffix("\n").split("\n")]
+    assert [(row["prompt"], row["index"]) for row in rows] == [(prompt, i) for prompt in prompts for i in (0, 1)]
+    assert [row["text"] for row in rows[::2]] == alone
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: expected a JSON object with a text `prompt`"):
+        main([str(bundle), "--batch-file", str(tmp_path / "bad.jsonl")])
+
+
+def test_output_goes_to_a_file(parrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "out.txt"
+    assert call(capsys, parrot, "-p", "", "-q", "-o", path) == ("", "")
+    assert path.read_bytes() == SONG.encode()
+    call(capsys, parrot, "-p", "", "-q", "--json", "-o", path)
+    assert json.loads(path.read_text(encoding="utf-8"))["sequences"][0]["text"] == SONG
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_score_is_what_the_evaluate_stage_says(
+    random_bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = [tiny.text(7, 90), "", "caf\u00e9 \u65e5\u672c \n", tiny.text(8, 30)]
+    model = tiny.random_model("llama")
+    assert model.tokenizer is not None
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (tmp_path / "one.txt").write_text(documents[0], encoding="utf-8", newline="")
+    for name, texts in (("documents.jsonl", documents), ("one.txt", documents[:1])):
+        write_tokens(tmp_path / "tokens", "test", texts, model.tokenizer)
+        expected, _ = evaluate_split(model, TokenFile.load(tmp_path / "tokens", "test"), EvaluationConfig(), None)
+        found = json.loads(call(capsys, random_bundles / "fp32", "--score", tmp_path / name)[0])
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert found.keys() == expected.keys()
+    (tmp_path / "one.txt").write_text("")
+    with pytest.raises(ValueError, match=r"one\.txt holds no text"):
+        main([str(random_bundles / "fp32"), "--score", str(tmp_path / "one.txt")])
+
+
+def test_prompts_that_do_not_fit(random_bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = random_bundles / "fp32"
+    prompt = "the cat sat under the mat, " * 20
+    with pytest.raises(ValueError, match="between 1 and 64 fit into the context; --truncate left cuts its beginning"):
+        main([str(bundle), "-p", prompt])
+    ids = tiny.tokenizer().encode(prompt)
+    text, messages = call(capsys, bundle, "-p", prompt, "-n", 10, "--greedy", "--truncate", "left", "-q")
+    assert messages == f"the prompt has {len(ids)} tokens; only the last 53 are read\n"
+    config = GenerationConfig(temperature=0, max_new_tokens=10)
+    assert text == "".join(stream_text(tiny.random_model("llama"), [3, *ids[-53:]], config))
+    row = json.loads(
+        call(capsys, bundle, "-p", prompt, "-n", 100, "-s", 1, "--truncate", "left", "--ignore-eos", "--json")[0]
+    )
+    assert row["prompt_tokens"] == 32  # half of the context is left to go on
+    assert row["sequences"][0]["finish_reason"] == "length"
+    assert len(row["sequences"][0]["token_ids"]) == 33
+
+
+def test_sliding_over_the_end_of_the_context(random_bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [random_bundles / "fp32", "-p", "the", "-n", 150, "-s", 1, "--ignore-eos", "--json"]
+    stopped, slid = (json.loads(call(capsys, *options, "--context-overflow", to)[0]) for to in ("stop", "slide"))
+    lengths = [len(whole["sequences"][0]["token_ids"]) for whole in (stopped, slid)]
+    prompt = len(tiny.tokenizer().encode("the")) + 1
+    assert lengths == [64 + 1 - prompt, 150]
+    assert slid["sequences"][0]["token_ids"][: lengths[0]] == stopped["sequences"][0]["token_ids"]
+    endless = json.loads(call(capsys, *options, "-n", -1)[0])
+    assert len(endless["sequences"][0]["token_ids"]) == lengths[0]
+
+
+def test_guessing_ahead_is_reported(random_bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [random_bundles / "fp32", "-p", "the cat sat, the cat sat, the", "--greedy", "--ignore-eos"]
+    plain, messages = call(capsys, *options)
+    assert "guessed" not in messages
+    text, messages = call(capsys, *options, "--speculate", 6)
+    assert text == plain
+    assert " tokens guessed" in messages
+
+
+def test_settings_and_their_origins(parrot: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("SMALLGPT_TOP_K", "7")
+    monkeypatch.setenv("SMALLGPT_MIN_P", "0.5")
+    monkeypatch.setenv("SMALLGPT_STOP", "")  # as if it were not there
+    lines = call(capsys, parrot, "--print-config", "--min-p", 0.25)[0].splitlines()
+    assert f'bundle = "{parrot}"  (command line)' in lines
+    assert 'device = "auto"  (default)' in lines
+    assert "threads = 1  (command line)" in lines
+    assert "temperature = 0  (bundle)" in lines
+    assert "max_new_tokens = 60  (bundle)" in lines
+    assert "top_k = 7  (environment)" in lines
+    assert "min_p = 0.25  (command line)" in lines
+    assert "stop = []  (bundle)" in lines
+    assert any(line.startswith("seed = ") and line.endswith("  (random)") for line in lines)
+    assert len(lines) == 3 + len(GenerationConfig().to_dict())
+
+
+def test_devices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu, cuda = call(capsys, "no/bundle/needed", "--list-devices")[0].splitlines()
+    assert cpu == f"cpu: {len(os.sched_getaffinity(0))} processors"
+    assert cuda.startswith("cuda: ")
+
+
+def test_a_seed_that_was_drawn_is_always_said(random_bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["-s", "-1"]):
+        text, messages = call(capsys, random_bundles / "fp32", "-p", "the", "-n", 20, "-q", *more)
+        seed = messages.removeprefix("seed: ").strip()
+        assert seed.isdigit()
+        assert call(capsys, random_bundles / "fp32", "-p", "the", "-n", 20, "-q", "-s", seed) == (text, "")
+
+
+def test_version_and_verbose(parrot: Path) -> None:
+    assert run("--version").stdout.startswith(b"smallgpt ")
+    result = run(parrot, "-p", "", "-v", "--warmup")
+    assert result.stdout == SONG.encode()
+    assert b"fp32, gpt2, 2 layers, vocabulary 320, context 64, " in result.stderr.splitlines()[0]
+
+
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with room for more text than a test waits for; it has no certificate."""
-    folder = tmp_path_factory.mktemp("endless")
-    model = tiny.random_model(max_seq_len=50_000)
-    model_dir, _ = tiny.write_project(folder, model)
-    settings = write_bundle(folder / "fp32", "fp32", model, model_dir, GenerationConfig(max_new_tokens=50_000))
-    write_json(folder / "fp32" / "parity.json", {})
-    write_config(folder / "fp32", settings)
-    return folder / "fp32"
+    return tiny.write_endless(tmp_path_factory.mktemp("endless"))
 
 
 def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(bundle: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "smallgpt.ort_generate", str(bundle), "-p", "the", "--ignore-eos", "-s", "1"]
+def start(bundle: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "smallgpt.ort_generate",
+        str(bundle),
+        "-p",
+        "the",
+        "--ignore-eos",
+        "-s",
+        "1",
+        *more,
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         command,
@@ -327,6 +458,21 @@ def test_control_c_ends_with_130(endless: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
         assert process.stderr.read() == b"seed: 1\n"
+
+
+def test_json_after_control_c_has_what_there_is(endless: Path) -> None:
+    with start(endless, "--json", "--num-samples", "2") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"seed: 1\n"
+        time.sleep(0.5)  # it is decoding; whether a token is there already does not matter
+        process.send_signal(signal.SIGINT)
+        whole = json.loads(process.stdout.read())
+        assert process.wait(timeout=30) == 130
+    assert [row["finish_reason"] for row in whole["sequences"]] == ["interrupted"] * 2
+    for row in whole["sequences"]:
+        assert row["text"] == tiny.tokenizer().decode(row["token_ids"])
+    assert whole["tokens"] == sum(len(row["token_ids"]) for row in whole["sequences"])
 
 
 def test_a_closed_pipe_ends_quietly(endless: Path) -> None:

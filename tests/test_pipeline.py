@@ -34,14 +34,26 @@ NO_DEPS_OF = {
 }
 
 LEVELS = [
-    {"files", "cli", "sampling", "stories", "tracking", "download", "score", "speculation"},
+    {
+        "files",
+        "cli",
+        "sampling",
+        "stories",
+        "tracking",
+        "download",
+        "score",
+        "speculation",
+        "metrics",
+        "openapi",
+        "quantize",
+    },
     {"config", "tokenizer", "bundle", "options", "machine"},
     {"tokens", "checkpoint", "corpus", "optim", "distributed", "generation", "runtime", "graph"},
     {"beams"},
-    {"decode", "repl"},
-    {"model", "ort_generate"},
-    {"evaluate", "state", "generate", "interop", "results"},
-    {"loop", "export"},
+    {"decode", "repl", "scheduler"},
+    {"model", "ort_generate", "completions"},
+    {"evaluate", "state", "generate", "interop", "results", "web", "certificate"},
+    {"loop", "export", "serve"},
     {"train"},
 ]
 
@@ -103,9 +115,10 @@ def only_with_torch(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef) and node.name == "score_stream"
 
 
-def test_serving_modules_import_only_the_serving_install() -> None:
-    allowed = {"numpy", "onnxruntime", "sentencepiece", "smallgpt", *sys.stdlib_module_names}
-    for file in [ROOT / "smallgpt/ort_generate.py", *closure(ROOT / "smallgpt/ort_generate.py")]:
+@pytest.mark.parametrize(("module", "more"), [("ort_generate", set()), ("serve", {"starlette", "uvicorn"})])
+def test_serving_modules_import_only_the_serving_install(module: str, more: set[str]) -> None:
+    allowed = {"numpy", "onnxruntime", "sentencepiece", "smallgpt", *more, *sys.stdlib_module_names}
+    for file in [ROOT / f"smallgpt/{module}.py", *closure(ROOT / f"smallgpt/{module}.py")]:
         tree = ast.parse(file.read_text())
         # What PyTorch alone calls may import it: `score.score_stream`.
         later = {node for part in ast.walk(tree) if only_with_torch(part) for node in ast.walk(part)}

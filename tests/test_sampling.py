@@ -112,6 +112,22 @@ def test_top_p_keeps_at_least_one() -> None:
     assert keep_top_p(np.zeros(4), 1e-9).tolist() == [True, False, False, False]  # of equal ones the smallest id
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 3.0, 10.0])
+def test_top_p_of_a_large_vocabulary(spread: float) -> None:
+    """What is kept is the shortest beginning of the sorted tokens that reaches top_p, however long that is."""
+    draw = np.random.default_rng(5)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        logits = spread * draw.normal(size=3000).round(1)  # many ties
+        order = np.argsort(-logits, kind="stable")
+        total = np.cumsum(softmax(logits)[order])
+        length = int(np.searchsorted(total, top_p)) + 1
+        expected = np.zeros(3000, bool)
+        expected[order[:length]] = True
+        differing = np.flatnonzero(keep_top_p(logits, top_p) != expected)
+        assert all(abs(total[order.tolist().index(i)] - top_p) < 1 / 3000 + 1e-9 for i in differing)
+        assert len(differing) <= 1  # rounding at the border
+
+
 def test_min_p() -> None:
     logits = logs(0.5, 0.24, 0.26)
     assert keep_min_p(logits, 0.5).tolist() == [True, False, True]

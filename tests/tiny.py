@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from smallgpt.bundle import write_config
 from smallgpt.config import ExportConfig
-from smallgpt.export import export
+from smallgpt.export import export, write_bundle
+from smallgpt.files import write_json
 from smallgpt.model import SmallGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.tokenizer import Tokenizer, train_tokenizer
@@ -81,6 +83,7 @@ def write_project(folder: Path, model: SmallGPT) -> tuple[Path, Path]:
     """A model folder and a folder with token files: (model, tokens)."""
     assert model.tokenizer is not None
     model.save_pretrained(folder / "model")
+    write_tokens(folder / "tokens", "train", [text(0, 400)], model.tokenizer)
     write_tokens(folder / "tokens", "valid", [text(1, 100)], model.tokenizer)
     write_tokens(folder / "tokens", "test", [text(seed, 60) for seed in range(2, 6)], model.tokenizer)
     return folder / "model", folder / "tokens"
@@ -93,3 +96,13 @@ def write_bundles(folder: Path, model: SmallGPT, variants: list[str], **generati
     config = GenerationConfig.from_dict(dict(generation))
     export(model_dir, tokens, settings, config, out=folder / "exports", report=folder / "export.json")
     return folder / "exports"
+
+
+def write_endless(folder: Path) -> Path:
+    """A bundle with room for more text than a test waits for; it has no certificate."""
+    model = random_model(max_seq_len=50_000)
+    model_dir, _ = write_project(folder, model)
+    settings = write_bundle(folder / "fp32", "fp32", model, model_dir, GenerationConfig(max_new_tokens=50_000), {})
+    write_json(folder / "fp32" / "parity.json", {})
+    write_config(folder / "fp32", settings)
+    return folder / "fp32"

@@ -1,0 +1,227 @@
+"""The certificate of a bundle: what its graph computes, measured against PyTorch on real text."""
+
+import base64
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from smallgpt.bundle import MODEL, TOKENIZER
+from smallgpt.files import sha256_file
+from smallgpt.model import SmallGPT
+from smallgpt.runtime import OrtGPT
+from smallgpt.tokenizer import Tokenizer
+
+BATCHES = (1, 2, 5)
+DECODE_STEPS = 32
+GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 5, 8, 64
+SINGLE_TOKENS = 2000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a certificate must keep; differences are absolute and of logits, unless said."""
+
+    max_difference: float
+    mean_difference: float
+    bits_per_byte_difference: float  # relative
+    greedy_gap: float  # where the greedy texts part, how much PyTorch prefers its own token
+    # Relative, of SINGLE_TOKENS tokens scored one by one: other kernels run there. None does not measure it.
+    single_bits_per_byte_difference: float | None = None
+
+
+@torch.inference_mode()
+def certify(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray, limits: Limits) -> dict[str, Any]:
+    """Compare a bundle with the model on the text `ids` (N,) and return the certificate.
+
+    Logits are compared over the whole text in windows of the context; for the batches of BATCHES through a prefill of
+    prompts of different lengths and DECODE_STEPS single tokens up to the end of the context; and for one context cut
+    into pieces. Then come greedy texts, bits per byte (for quantised graphs also of single tokens at batch 1), and
+    golden logits for machines without PyTorch.
+    Raises ValueError, naming the check, its value and its limit, when a limit is broken.
+    """
+    name = served.bundle.config.variant
+    scores, differences = _compare_text(served, model, tokenizer, ids)
+    differences |= _compare_batches(served, model, ids) | {"cuts": _compare_cuts(served, model, ids)}
+    splits = _compare_greedy(served, model, tokenizer, ids)
+    figures = {
+        "max_difference": float(np.max([part["max"] for part in differences.values()])),
+        "mean_difference": float(np.max([part["mean"] for part in differences.values()])),
+        "greedy_gap": max([split["gap"] for split in splits], default=0.0),
+        "greedy_splits": len(splits),
+        **scores,
+    }
+    if limits.single_bits_per_byte_difference is not None:
+        figures |= _compare_singles(served, model, tokenizer, ids[: SINGLE_TOKENS + 1])
+    for check, limit in asdict(limits).items():
+        if limit is not None and not figures[check] <= limit:  # also when it is NaN
+            raise ValueError(
+                f"the certificate of {name} fails: {check} is {figures[check]:.3g}, the limit is {limit:g}; "
+                "the exported graph does not compute what PyTorch does"
+            )
+    return {
+        "variant": name,
+        "limits": asdict(limits),
+        "figures": figures,
+        "differences": differences,
+        "greedy_splits": splits,
+        "versions": {package: _version(package) for package in ("torch", "onnx", "onnxruntime", "numpy")},
+        "sha256": {
+            MODEL: sha256_file(served.bundle.graph),
+            "model.safetensors": served.bundle.config.lineage["model"],
+            TOKENIZER: tokenizer.sha256,
+        },
+        "golden": list(_golden(model, ids)),
+    }
+
+
+class _Difference:
+    """Largest and mean absolute difference of logits, collected over many arrays."""
+
+    def __init__(self) -> None:
+        self.largest, self.total, self.count = 0.0, 0.0, 0
+
+    def add(self, expected: np.ndarray, actual: np.ndarray) -> None:
+        difference = np.abs(expected - actual, dtype=np.float64)
+        self.largest = float(np.maximum(self.largest, difference.max()))  # NaN stays
+        self.total += float(difference.sum())
+        self.count += difference.size
+
+    def to_dict(self) -> dict[str, float]:
+        return {"max": _rounded(self.largest), "mean": _rounded(self.total / self.count), "logits": self.count}
+
+
+def _torch_logits(model: SmallGPT, ids: np.ndarray) -> np.ndarray:
+    logits: np.ndarray = model(torch.from_numpy(ids[None]))[0][0].float().numpy()
+    return logits  # (T, V)
+
+
+def _excerpt(ids: np.ndarray, start: int, length: int) -> np.ndarray:
+    """`length` ids from `start` on; a short text is read again from its beginning."""
+    return ids.take(np.arange(start, start + length), mode="wrap")
+
+
+def _compare_text(
+    served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    context = served.max_seq_len
+    difference, same, nats = _Difference(), 0, np.zeros(2)
+    for start in range(0, len(ids) - 1, context):
+        window = ids[start : start + context + 1]
+        expected, actual = _torch_logits(model, window[:-1]), served.logits(window[:-1])
+        difference.add(expected, actual)
+        same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+        nats += [_nats(expected, window[1:]), _nats(actual, window[1:])]
+    scores = {"top1_agreement": _rounded(same / (len(ids) - 1)), **_bits_per_byte(nats, tokenizer, ids)}
+    return scores, {"text": difference.to_dict()}
+
+
+def _compare_singles(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, float]:
+    """Bits per byte when every token is a step of its own at batch 1."""
+    context = served.max_seq_len
+    nats = np.zeros(2)
+    for start in range(0, len(ids) - 1, context):
+        window = ids[start : start + context + 1]
+        expected = _torch_logits(model, window[:-1])
+        actual = served.logits(window[:-1], range(1, len(window) - 1))
+        nats += [_nats(expected, window[1:]), _nats(actual, window[1:])]
+    return {f"single_{key}": value for key, value in _bits_per_byte(nats, tokenizer, ids).items()}
+
+
+def _bits_per_byte(nats: np.ndarray, tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, float]:
+    """The sums of -ln p that PyTorch and the bundle give the text `ids`, as bits per byte."""
+    text_bytes = sum(len(tokenizer.token_bytes[i]) for i in ids[1:])
+    of_torch, of_onnx = (float(value) / math.log(2) / text_bytes for value in nats)
+    return {
+        "bits_per_byte_torch": of_torch,
+        "bits_per_byte_onnx": of_onnx,
+        "bits_per_byte_difference": _rounded(abs(of_onnx / of_torch - 1)),
+    }
+
+
+def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Sum of -ln p of the targets (T,) under the logits (T, V)."""
+    exact = logits.astype(np.float64)
+    top = exact.max(-1)
+    return float((np.log(np.exp(exact - top[:, None]).sum(-1)) + top - exact[np.arange(len(targets)), targets]).sum())
+
+
+def _compare_batches(served: OrtGPT, model: SmallGPT, ids: np.ndarray) -> dict[str, dict[str, float]]:
+    """Ragged prompts, the longest of which ends DECODE_STEPS before the end of the context, and then those steps."""
+    context = served.max_seq_len
+    steps = min(DECODE_STEPS, context - 1)
+    result = {}
+    for batch in BATCHES:
+        lengths = np.linspace(context - steps, 1, batch).astype(np.int64)
+        rows = np.stack([_excerpt(ids, i * context, context) for i in range(batch)])
+        expected = np.stack(
+            [
+                _torch_logits(model, row[: length + steps])[length - 1 :]
+                for row, length in zip(rows, lengths, strict=True)
+            ]
+        )  # (B, steps + 1, V)
+        prefill, decode = _Difference(), _Difference()
+        prefill.add(expected[:, 0], served.prefill(rows[:, : lengths.max()], lengths))
+        for step in range(steps):
+            decode.add(expected[:, step + 1], served.step(rows[np.arange(batch), lengths + step]))
+        result[f"batch_{batch}_prefill"] = prefill.to_dict()
+        result[f"batch_{batch}_decode"] = decode.to_dict()
+    return result
+
+
+def _compare_cuts(served: OrtGPT, model: SmallGPT, ids: np.ndarray) -> dict[str, float]:
+    """One whole context, fed in two pieces or in many."""
+    context = served.max_seq_len
+    row = _excerpt(ids, 0, context)
+    expected, difference = _torch_logits(model, row), _Difference()
+    cuts: list[Sequence[int]] = [(1,), (context // 2,), (context - 1,), range(37, context, 37)]
+    for cut in cuts:
+        difference.add(expected, served.logits(row, cut))
+    return difference.to_dict()
+
+
+def _compare_greedy(
+    served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray
+) -> list[dict[str, int | float]]:
+    """Where PyTorch would not have chosen the token that the bundle chose, in the bundle's own greedy texts."""
+    context = served.max_seq_len
+    start = min(GREEDY_PROMPT_TOKENS, context // 2)
+    banned = list(tokenizer.banned_ids)
+    prompts = np.stack([_excerpt(ids, i * context, start) for i in range(GREEDY_PROMPTS)])
+    texts, logits = prompts, served.prefill(prompts)
+    for _ in range(min(GREEDY_TOKENS, context - start)):
+        logits[:, banned] = -np.inf
+        texts = np.concatenate([texts, logits.argmax(-1)[:, None]], axis=1)
+        logits = served.step(texts[:, -1])
+    splits: list[dict[str, int | float]] = []
+    for i, row in enumerate(texts):
+        expected = _torch_logits(model, row)[start - 1 : -1]
+        expected[:, banned] = -np.inf
+        gaps = expected.max(-1) - expected[np.arange(len(row) - start), row[start:]]
+        splits += [{"prompt": i, "position": int(j), "gap": _rounded(gaps[j])} for j in np.flatnonzero(gaps)]
+    return splits
+
+
+def _golden(model: SmallGPT, ids: np.ndarray) -> Iterator[dict[str, Any]]:
+    """PyTorch's logits after short, longer and context-long excerpts, for `check_golden`."""
+    context = model.config.max_seq_len
+    for length in (1, min(16, context), context):
+        row = _excerpt(ids, length, length)
+        logits = _torch_logits(model, row)[-1].astype("<f4")
+        yield {"ids": row.tolist(), "logits": base64.b64encode(logits.tobytes()).decode("ascii")}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _version(package: str) -> str:
+    """Installed version; ONNX Runtime has one of two names."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return version(f"{package}-gpu")

@@ -1,0 +1,95 @@
+"""The OpenAPI description of the server, and with it the fields of a request."""
+
+from typing import Any
+
+from smallgpt import __version__
+
+MAX_LOGPROBS = 20
+
+_WHOLE, _NUMBER, _FLAG = {"type": "integer"}, {"type": "number"}, {"type": "boolean"}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+# Every field of a request: its JSON schema. Those that are not in OWN are fields of GenerationConfig.
+FIELDS: dict[str, dict[str, Any]] = {
+    "model": {"type": "string", "description": "the name that /v1/models gives; may be left out"},
+    "prompt": {
+        "anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS}],
+        "description": "texts, which start after <|eos|>, or token ids, which are taken as they are",
+    },
+    "max_tokens": {**_WHOLE, "minimum": 0},
+    "n": {**_WHOLE, "minimum": 1},
+    "stream": _FLAG,
+    "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}},
+    "echo": _FLAG,
+    "logprobs": {**_WHOLE, "minimum": 0, "maximum": MAX_LOGPROBS},
+    "best_of": {**_WHOLE, "description": "only n itself"},
+    "suffix": {"type": "string", "description": "only an empty one"},
+    "user": {"type": "string", "description": "not used"},
+    "temperature": {**_NUMBER, "minimum": 0, "maximum": 100, "description": "0 is greedy"},
+    "top_k": {**_WHOLE, "minimum": 0, "description": "0 is off"},
+    "top_p": {**_NUMBER, "exclusiveMinimum": 0, "maximum": 1},
+    "min_p": {**_NUMBER, "minimum": 0, "maximum": 1},
+    "repetition_penalty": {**_NUMBER, "minimum": 1e-3, "maximum": 1e3},
+    "presence_penalty": {**_NUMBER, "minimum": -100, "maximum": 100},
+    "frequency_penalty": {**_NUMBER, "minimum": -100, "maximum": 100},
+    "repeat_last_n": {**_WHOLE, "minimum": -1, "description": "tokens that the penalties look at; -1 is all"},
+    "no_repeat_ngram_size": {**_WHOLE, "minimum": 0},
+    "logit_bias": {"type": "object", "additionalProperties": _NUMBER, "description": "by token id"},
+    "num_beams": {**_WHOLE, "minimum": 1},
+    "length_penalty": {**_NUMBER, "minimum": -100, "maximum": 100},
+    "early_stopping": {"anyOf": [_FLAG, {"const": "never"}]},
+    "min_new_tokens": {**_WHOLE, "minimum": 0},
+    "max_length": {**_WHOLE, "minimum": 0, "description": "tokens of prompt and continuation; 0 is off"},
+    "max_time": {**_NUMBER, "minimum": 0, "description": "seconds"},
+    "stop": {"anyOf": [{"type": "string"}, _TEXTS]},
+    "stop_token_ids": _IDS,
+    "ignore_eos": _FLAG,
+    "seed": {**_WHOLE, "minimum": -1, "description": "-1, as none at all, draws one, which the response names"},
+}
+OWN = {
+    "model",
+    "prompt",
+    "max_tokens",
+    "n",
+    "stream",
+    "stream_options",
+    "echo",
+    "logprobs",
+    "best_of",
+    "suffix",
+    "user",
+}
+
+
+def openapi(name: str) -> dict[str, Any]:
+    """The OpenAPI description of the server."""
+
+    def route(summary: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+        operation: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "done"}}}
+        if fields is None:
+            return {"get": operation}
+        schema = {"type": "object", "properties": fields, "additionalProperties": False}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        for code, text in (
+            ("400", "a wrong parameter"),
+            ("413", "too large"),
+            ("429", "queue full"),
+            ("503", "stopping"),
+        ):
+            operation["responses"][code] = {"description": text}
+        return {"post": operation}
+
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"smallgpt: {name}", "version": __version__},
+        "paths": {
+            "/v1/completions": route("Continue prompts", FIELDS),
+            "/v1/models": route("The model that is served"),
+            "/health": route("Run a token"),
+            "/metrics": route("Counts and durations for Prometheus"),
+            "/tokenize": route("Text to token ids", {"content": {"type": "string"}, "prompt": {"type": "string"}}),
+            "/detokenize": route("Token ids to text", {"tokens": ids}),
+            "/tokenizer_info": route("The names of the control tokens"),
+        },
+    }

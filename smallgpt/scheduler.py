@@ -1,0 +1,332 @@
+"""The thread that owns the model: requests join the batch, grow and leave it while others do.
+
+Samples share the rows of one `generation.Batch`. Beam searches, the scoring of prompts and the probe of /health run on
+forks of the model, one of each kind at a time and one step between two steps of the batch, so that a long one holds
+nobody up.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from smallgpt.beams import beam_search
+from smallgpt.generation import Batch, Finish, logprobs_of
+from smallgpt.metrics import Metrics
+from smallgpt.runtime import OrtGPT
+from smallgpt.sampling import GenerationConfig
+
+log = logging.getLogger(__name__)
+
+Logprob = tuple[float, tuple[tuple[int, float], ...]]  # of a token, and the most likely tokens with theirs
+Kind = Literal["batch", "beams", "score", "probe"]
+SCORED_AT_ONCE = 64  # tokens; what the batch waits for
+
+
+class QueueFullError(RuntimeError):
+    """So many requests wait already as may."""
+
+
+class DrainingError(RuntimeError):
+    """No new request is taken: the server is about to stop."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step gave to one choice: text that became certain, drawn tokens, and at the end why it ended."""
+
+    choice: int
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprob: Logprob | None = None  # of the only token
+    finish: Finish | None = None
+    score: float | None = None  # of a beam
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The log-probability of every id of a prompt but the first."""
+
+    prompt: int
+    logprobs: list[Logprob]
+
+
+@dataclass(frozen=True)
+class End:
+    """The last event of a request; with an `error` if it failed, by the caller's settings or not."""
+
+    error: Exception | None = None
+
+
+Event = Part | Scores | End
+
+
+@dataclass(eq=False)
+class Request:
+    """Prompts (ids) to be continued `n` times each; choice p * n + j is sequence j of prompt p.
+
+    `deliver` is called in the scheduler's thread: with the events of each step if `live`, else once with all of them.
+    The prompts must fit into the context; with config.max_new_tokens 0 they may be one token longer.
+    """
+
+    prompts: list[list[int]]
+    config: GenerationConfig
+    deliver: Callable[[list[Event]], None]
+    n: int = 1
+    logprobs: int | None = None
+    score: bool = False  # give the log-probabilities of the prompts first
+    live: bool = False
+    probe: bool = False  # only run a token; never refused
+    submitted: float = field(default_factory=time.perf_counter)
+    events: list[Event] = field(default_factory=list)  # not delivered yet
+    open: set[int] = field(default_factory=set)  # choices in the batch
+    started: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Where its work begins."""
+        if self.probe:
+            return "probe"
+        if self.score or not self.config.max_new_tokens:
+            return "score"
+        return "beams" if self.config.num_beams > 1 else "batch"
+
+
+class Scheduler:
+    """Works off requests on `rows` rows of a model; up to `queue` more of them wait.
+
+    The methods may be called from any thread.
+    """
+
+    def __init__(self, model: OrtGPT, *, rows: int = 16, queue: int = 256) -> None:
+        self.model, self.rows, self.queue = model, rows, queue
+        self.metrics = Metrics()
+        self._forks = {kind: model.fork() for kind in ("beams", "score", "probe")}
+        self._condition = threading.Condition()
+        self._waiting: deque[Request] = deque()
+        self._cancelled: list[Request] = []
+        self._running: set[Request] = set()
+        self._jobs: dict[Kind, tuple[Request, Iterator[list[Event]]]] = {}
+        self._draining = self._closed = False
+        self._batch = self._new_batch()
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of requests in work."""
+        return len(self._running)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        with self._condition:
+            return not (self._waiting or self._running)
+
+    def submit(self, request: Request) -> None:
+        """Let a request wait for its turn. Raises QueueFullError and DrainingError."""
+        with self._condition:
+            if self._draining or self._closed:
+                raise DrainingError("the server is stopping")
+            if request.probe:
+                self._waiting.appendleft(request)
+            elif len(self._waiting) >= self.queue:
+                self.metrics.counts["requests_refused"] += 1
+                raise QueueFullError(f"{self.queue} requests are waiting already")
+            else:
+                self._waiting.append(request)
+            self._condition.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Free what a request holds; nothing more is delivered but its End. Without effect after its End."""
+        with self._condition:
+            self._cancelled.append(request)
+            self._condition.notify()
+
+    def drain(self) -> None:
+        """Finish what is there and refuse what comes. Safe in a signal handler."""
+        self._draining = True
+
+    def close(self) -> None:
+        """Break off everything and end the thread."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _new_batch(self) -> Batch:
+        # Quantised kernels compute a single row in another way than several.
+        even = self.model.bundle.config.variant.startswith("int")
+        return Batch(self.model, self.rows, even=even, tolerant=True)
+
+    def _run(self) -> None:
+        while self._take():
+            for kind, (request, job) in list(self._jobs.items()):
+                try:
+                    request.events += next(job)
+                except StopIteration:
+                    del self._jobs[kind]
+                    self._after(kind, request)
+                except Exception as error:
+                    del self._jobs[kind]
+                    self._end(request, error)
+            if self._batch.busy:
+                self._step()
+            for request in [request for request in self._running if request.live and request.events]:
+                self._deliver(request)
+        for request in [*self._running, *self._waiting]:
+            self._end(request, DrainingError("the server has stopped"))
+
+    def _take(self) -> bool:
+        """Wait for work, take cancelled requests out and let waiting ones start; False when closed."""
+        with self._condition:
+            while not (self._closed or self._waiting or self._running or self._cancelled):
+                self._condition.wait()
+            cancelled, self._cancelled = self._cancelled, []
+            for request in cancelled:
+                self._cancel(request)
+            for request in list(self._waiting):
+                free = self._batch.busy < self.rows if request.kind == "batch" else request.kind not in self._jobs
+                if free:
+                    self._waiting.remove(request)
+                    self._start(request)
+            return not self._closed
+
+    def _start(self, request: Request) -> None:
+        self._running.add(request)
+        self.metrics.counts["prompt_tokens"] += sum(map(len, request.prompts))
+        if request.kind == "batch":
+            self._join(request)
+        else:
+            work = {"beams": self._search, "score": self._score, "probe": self._probe}[request.kind]
+            self._jobs[request.kind] = (request, work(request))
+
+    def _join(self, request: Request) -> None:
+        """Give the choices of a request to the batch."""
+        request.open = set(range(len(request.prompts) * request.n))
+        for choice in sorted(request.open):
+            prompt, number = request.prompts[choice // request.n], choice % request.n
+            key = (request, choice)
+            self._batch.add(key, prompt, request.config, number=number, logprobs=request.logprobs)
+
+    def _after(self, kind: Kind, request: Request) -> None:
+        """Go on with a request whose job is done."""
+        if kind != "score":
+            self._end(request)
+        elif not request.config.max_new_tokens:
+            request.events += [Part(i, finish="length") for i in range(len(request.prompts) * request.n)]
+            self._end(request)
+        else:
+            self._join(request)
+
+    def _step(self) -> None:
+        begin = time.perf_counter()
+        try:
+            pieces = self._batch.step()
+        except Exception as error:  # the rows are in an unknown state: everything in them is lost
+            log.exception("the batch failed")
+            self._batch = self._new_batch()
+            for request in [request for request in self._running if request.open]:
+                self._end(request, error)
+            return
+        self.metrics.step.add(time.perf_counter() - begin)
+        for piece in pieces:
+            request, choice = piece.sequence
+            if request not in self._running:  # another choice of it has failed
+                continue
+            if piece.error:
+                self._end(request, piece.error)
+                continue
+            tokens = () if piece.token is None else (piece.token,)
+            logprob = None if piece.logprob is None else (piece.logprob, piece.top)
+            request.events.append(Part(choice, piece.text, tokens, logprob, piece.finish))
+            self._count(request, len(tokens))
+            if piece.finish:
+                request.open.discard(choice)
+                if not request.open:
+                    self._end(request)
+
+    def _count(self, request: Request, tokens: int) -> None:
+        self.metrics.counts["tokens"] += tokens
+        if not request.started:
+            request.started = True
+            self.metrics.first_token.add(time.perf_counter() - request.submitted)
+
+    def _search(self, request: Request) -> Iterator[list[Event]]:
+        """Beam search for one prompt after the other; what all beams share is the beginning of every choice."""
+        for p, prompt in enumerate(request.prompts):
+            sent = 0
+            for step in beam_search(self._forks["beams"], prompt, request.config):
+                choices = range(p * request.n, (p + 1) * request.n)
+                self._count(request, sum(len(found.ids) for found in step.done))
+                if not step.done:
+                    sent += len(step.text)
+                    yield [Part(choice, step.text) for choice in choices if step.text]
+                    continue
+                yield [
+                    Part(choice, found.text[sent:], found.ids, None, found.finish, found.score)
+                    for choice, found in zip(choices, step.done, strict=False)
+                ]
+
+    def _score(self, request: Request) -> Iterator[list[Event]]:
+        """The log-probabilities of every prompt, some tokens at a time."""
+        model = self._forks["score"]
+        for p, ids in enumerate(request.prompts if request.score else []):
+            model.reserve(1)
+            logprobs: list[Logprob] = []
+            # Pieces of nearly one size: quantised kernels compute a single token in another way than several.
+            pieces = -(-(len(ids) - 1) // SCORED_AT_ONCE)
+            for part in np.array_split(np.arange(len(ids) - 1), pieces) if pieces else []:
+                logits = model.extend(0, [ids[i] for i in part])
+                logprobs += [
+                    logprobs_of(logits[i], ids[at + 1], request.logprobs or 0) for i, at in enumerate(part.tolist())
+                ]
+                yield []
+            yield [Scores(p, logprobs)]
+
+    def _probe(self, request: Request) -> Iterator[list[Event]]:
+        """Run one token."""
+        logits = self._forks["probe"].logits([self.model.tokenizer.eos_id])
+        if not np.isfinite(logits).all():
+            raise ValueError("the model returned logits that are not finite")
+        yield []
+
+    def _cancel(self, request: Request) -> None:
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request not in self._running:
+            return
+        for kind, (owner, _) in list(self._jobs.items()):
+            if owner is request:
+                del self._jobs[kind]
+        request.events.clear()
+        self._end(request, outcome="cancelled")
+
+    def _end(self, request: Request, error: Exception | None = None, outcome: str = "finished") -> None:
+        for choice in request.open:
+            self._batch.cancel((request, choice))
+        self._running.discard(request)
+        self.metrics.counts[f"requests_{'failed' if error else outcome}"] += not request.probe
+        request.events.append(End(error))
+        self._deliver(request)
+
+    def _deliver(self, request: Request) -> None:
+        events, request.events = request.events, []
+        with contextlib.suppress(RuntimeError):  # an event loop that is closed
+            request.deliver(events)
