@@ -25,9 +25,7 @@ def results() -> str:
         f"{bundle['top1_agreement']:.4f} | {bundle['bits_per_byte_difference']:.1e} |\n"
         for name, bundle in bundles.items()
     )
-    return f"""The default run, {summary["parameters"] / 1e6:.1f}M parameters on the `stories` corpus, trained in
-{facts["seconds"] / 60:.1f} minutes ({facts["tokens_per_second"]:,.0f} tokens/s, validation included) on
-{facts["hardware"]}:
+    return f"""The default run, {summary["parameters"] / 1e6:.1f}M parameters on the `stories` corpus, on {facts["hardware"]}:
 
 {table}
 The bundles against PyTorch, all computed on the CPU (each bundle's parity.json has the whole certificate):
