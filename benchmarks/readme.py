@@ -25,7 +25,8 @@ def results() -> str:
         f"{bundle['top1_agreement']:.4f} | {bundle['bits_per_byte_difference']:.1e} |\n"
         for name, bundle in bundles.items()
     )
-    return f"""The default run, {summary["parameters"] / 1e6:.1f}M parameters on the `stories` corpus, on {facts["hardware"]}:
+    size = f"{summary['parameters'] / 1e6:.1f}M"
+    return f"""The default run, {size} parameters on the `stories` corpus, on {facts["hardware"]}:
 
 {table}
 The bundles against PyTorch, all computed on the CPU (each bundle's parity.json has the whole certificate):
