@@ -87,15 +87,18 @@ def test_closed_pipe_is_quiet(body: str, code: int, stderr: str) -> None:
 
 
 def test_control_c_waits_for_the_end_of_a_step() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with interrupts() as pressed:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert pressed == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with interrupts() as pressed:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == before
-    with interrupts() as pressed:
-        assert pressed == []
+            assert pressed == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        with interrupts() as pressed:
+            assert pressed == []
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_control_c_stays_ignored_where_it_was() -> None:
