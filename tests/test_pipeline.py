@@ -280,6 +280,7 @@ def test_serving_install_alone(project: Path, tmp_path: Path) -> None:
     for name in ("torch", "mlflow", "dvc", "onnx", "pydantic", "yaml"):
         run(python, "-c", f"import {name}", cwd=tmp_path, code=1)
     command = ("-m", "smallgpt.ort_generate", str(project / "exports/fp32"), "-p", "Once", "--seed", "5", "--quiet")
+    command += ("--min-new-tokens", "40")
     text = run(python, *command, cwd=tmp_path)
-    assert text  # how long it is depends on the little model
+    assert len(text) > 20
     assert text == run(sys.executable, *command, cwd=tmp_path)
