@@ -122,7 +122,8 @@ class Batch:
 
     Args:
         capacity: tokens of the longest sequence, the context's size by default.
-        even: run an even number of rows, always: quantised kernels compute a single row in another way.
+        even: run an even number of rows, always: quantised kernels compute rows in pairs, and an odd last one in
+            another way.
         speculate: while one sequence is alone, guess up to so many tokens ahead by looking for its last words in what
             stands before (prompt lookup), and check them in one run. The text stays what it would have been.
         slide: at the end of the context, read its last half again and go on.
@@ -148,7 +149,7 @@ class Batch:
         self._waiting: deque[_Row] = deque()
         self._empty: deque[_Row] = deque()  # those that may not get a single token
         self._running: list[_Row] = []  # the i-th one is row i of the model
-        model.reserve(rows + rows % 2 if even else rows, self.capacity)
+        model.reserve(rows + even, self.capacity)
 
     @property
     def busy(self) -> int:
@@ -205,9 +206,9 @@ class Batch:
         elif running:
             pieces += self._plain_step()
         if joining:
-            lengths = np.array([len(row.ids) for row in joining])
-            padded = np.zeros((len(joining), lengths.max()), np.int64)
-            for ids, row in zip(padded, joining, strict=True):
+            lengths = np.array([len(row.ids) for row in joining] + [1] * (self.even and len(joining) % 2))
+            padded = np.zeros((len(lengths), lengths.max()), np.int64)
+            for ids, row in zip(padded, joining, strict=False):
                 ids[: len(row.ids)] = row.ids
             logits = self.model.fill(running, padded, lengths)
             self._running += joining

@@ -5,6 +5,7 @@ The two architectures map one to one onto Transformers' GPT2LMHeadModel and Llam
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from smallgpt.tokenizer import Tokenizer
 Cache = list[tuple[Tensor, Tensor]]  # for every layer the keys and values so far, each (B, K, P, d)
 NORM_EPS = 1e-5
 ROPE_THETA = 10_000.0
+
+# Without it MKL adds up products in another order from one process to the next, and the last digits differ; with it a
+# training step takes as long as before. MKL reads it at the first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 class Attention(nn.Module):

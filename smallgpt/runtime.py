@@ -29,6 +29,8 @@ from smallgpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+CALLS = 64  # shapes of calls whose arrays are kept
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -177,11 +179,13 @@ class OrtGPT:
         return call.logits
 
     def _call(self, first: int, batch: int, tokens: int, wanted: int) -> _Call:
-        """The binding for calls of one shape; those of short calls are kept."""
+        """The binding for calls of one shape; the last ones of short calls are kept."""
         key = (first, batch, tokens, wanted)
-        call = self._calls.get(key) or self._bind(*key)
+        call = self._calls.pop(key, None) or self._bind(*key)
         if tokens <= 16:
             self._calls[key] = call
+            if len(self._calls) > CALLS:
+                del self._calls[next(iter(self._calls))]
         return call
 
     def _execute(self, call: _Call, ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> None:

@@ -74,7 +74,7 @@ went = crept cycled danced dashed drifted hiked hopped hurried jogged marched ra
 said = called cheered cried giggled hummed laughed 3*said sang shouted smiled whispered
 relative = aunt brother cousin 2*father 2*grandma grandpa 2*mother neighbor sister uncle
 material = bark clay cloth cotton leather paper silk straw string wax wire wood wool
-instrument = banjo cello drum fiddle flute guitar harp trumpet
+instrument = drum fiddle flute
 virtue = courage friendship helping honesty hope kindness laughter love patience sharing trust wisdom
 riches = candy diamonds fame gold honey jewels luck magic money pearls silver speed sugar
 cheer = Amazing Bravo Fantastic Hooray Lovely Marvelous Perfect Terrific Wonderful Wow Yippee
@@ -190,9 +190,9 @@ drink = cocoa juice milk tea water
 nest = feathers grass hay leaves moss petals straw wool
 built: built | made | put together
 craft: <thing=craft.fly>[craft=fly] | <thing=craft.float>[craft=float] | <thing=craft.roll>[craft=roll]
-craft.fly = kite glider rocket
-craft.float = boat raft canoe ship
-craft.roll = wagon cart scooter train
+craft.fly = kite
+craft.float = boat
+craft.roll = wagon
 mended = mended fixed repaired
 move.fly: <flew> <adverb> over the <view> <land>
 move.float: <sailed> <adverb> across the <view> <water>

@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(".smallgpt/trainer"), help="work folder")
     parser.add_argument("--resume", type=Path, help="work folder of a training that was stopped")
     options = parser.parse_args(arguments)
-    if options.resume and not options.resume.is_dir():
+    if options.resume and not any((options.resume / "state").glob("*/state-*")):
         raise FileNotFoundError(f"{options.resume} holds no training that was stopped; use --out to start one")
     trainer = GPTTrainer(options.config, work=options.resume or options.out)
     model = trainer.train(options.data, resume_only=bool(options.resume))

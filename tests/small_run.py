@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,16 @@ def start(folder: Path, module: str = "stages.train", *arguments: str, **environ
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def steps_done(folder: Path) -> list[int]:
+    """The steps in the speed logs below the folder; a folder that is renamed meanwhile is left out."""
+    logs = [Path(place) / "speed.csv" for place, _, names in os.walk(folder) if "speed.csv" in names]
+    return [int(line.split(",")[0]) for log in logs for line in log.read_text().splitlines()[1:]]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until something has happened; the process must not end before."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)

@@ -4,8 +4,6 @@ import csv
 import json
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from small_run import ROOT, SEQ_LEN, chain, configure, contents, start, write_project
+from small_run import ROOT, SEQ_LEN, chain, configure, contents, start, steps_done, wait_for, write_project
 
 from smallgpt.cli import DeviceError
 from smallgpt.config import Config
@@ -48,18 +46,6 @@ def finish(process: subprocess.Popen[str]) -> str:
 def rows(folder: Path, name: str = "train") -> list[dict[str, float]]:
     with (folder / "reports" / "train" / f"{name}.csv").open() as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def steps_done(folder: Path) -> list[int]:
-    """Steps in the speed log of the work folder, one line a step and a writer."""
-    lines = [line for path in folder.rglob("speed.csv") for line in path.read_text().splitlines()[1:]]
-    return [int(line.split(",")[0]) for line in lines]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
 
 
 def assert_same_curve(found: Path, expected: Path) -> None:

@@ -113,7 +113,7 @@ def test_entropy_agrees_with_the_mean_of_samples(corpus: list[Story]) -> None:
 
 
 def test_entropy_is_this_number() -> None:
-    assert entropy() == pytest.approx(108.75935723302098, rel=1e-12)
+    assert entropy() == pytest.approx(108.63981883354816, rel=1e-12)
 
 
 def test_same_seed_same_bytes() -> None:
@@ -121,7 +121,7 @@ def test_same_seed_same_bytes() -> None:
         text = "\n\n".join(story.text for story in generate_stories(seed=seed, target_bytes=20_000))
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-    assert digest(1) == "291e8255b0af1083725a9ae8cec6220c1240a68aae4730e683cca7d75136b34d"
+    assert digest(1) == "d7afa0e1506dd5423b1a0f4465521dedfbc25486254942b7a26513b065b68864"
     assert digest(2) != digest(1)
 
 
