@@ -48,8 +48,9 @@ def sample() -> str:
         with contextlib.suppress(ValueError):
             story_nats(text)
             told += 1
+    rest = "" if told == len(samples) else " The others slip in a word."
     return f"""{told} of the {len(samples)} samples are stories that the grammar could have told: names, pronouns,
-objects and the weather are kept to the end. The others slip in a word. The first one (seed 0, not picked;
+objects and the weather are kept to the end.{rest} The first one (seed 0, not picked;
 reports/evaluate/samples.md has all):
 
 ```text

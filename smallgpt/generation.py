@@ -88,6 +88,7 @@ def generate(
     *,
     sequences: Sequence[int] | None = None,
     logprobs: int | None = None,
+    even: bool = False,
     speculate: int = 0,
     slide: bool = False,
 ) -> Iterator[list[Piece]]:
@@ -97,7 +98,7 @@ def generate(
     token, after config.max_new_tokens or max_time, or where the context is full ("length"), unless it may `slide`:
     then the last half of the context is read again and it goes on. The numbers in `sequences`, from 0 on by default,
     determine the samples together with the seed. A model works on one batch at a time: a second call ends the
-    first one's. See `Batch` for `logprobs` and `speculate`.
+    first one's. See `Batch` for `logprobs`, `even` and `speculate`.
 
     Raises ValueError for an empty prompt, one longer than the context, and ids outside the vocabulary.
     """
@@ -106,7 +107,7 @@ def generate(
     for prompt in prompts:
         check_prompt(model, prompt)
     capacity = min(model.max_seq_len, max(map(len, prompts)) + config.max_new_tokens)
-    batch = Batch(model, len(prompts), capacity=capacity, speculate=speculate, slide=slide)
+    batch = Batch(model, len(prompts), capacity=capacity, even=even, speculate=speculate, slide=slide)
     for i, prompt in enumerate(prompts):
         batch.add(i, prompt, config, number=i if sequences is None else sequences[i], logprobs=logprobs)
     return _steps(batch)
@@ -205,17 +206,23 @@ class Batch:
             pieces += self._speculative_step(self._running[0])
         elif running:
             pieces += self._plain_step()
-        if joining:
-            lengths = np.array([len(row.ids) for row in joining] + [1] * (self.even and len(joining) % 2))
-            padded = np.zeros((len(lengths), lengths.max()), np.int64)
-            for ids, row in zip(padded, joining, strict=False):
-                ids[: len(row.ids)] = row.ids
-            logits = self.model.fill(running, padded, lengths)
-            self._running += joining
-            pieces += [self._draw(row, logits[i]) for i, row in enumerate(joining)]
+        joining.sort(key=lambda row: len(row.ids), reverse=True)
+        while joining:  # at most half of what is computed together is padding
+            alike = [row for row in joining if 2 * len(row.ids) >= len(joining[0].ids)]
+            joining = joining[len(alike) :]
+            pieces += self._fill(alike)
         ended = {piece.sequence for piece in pieces if piece.finish}
         self._leave([i for i, row in enumerate(self._running) if row.key in ended])
         return pieces
+
+    def _fill(self, rows: list[_Row]) -> list[Piece]:
+        lengths = np.array([len(row.ids) for row in rows] + [1] * (self.even and len(rows) % 2))
+        padded = np.zeros((len(lengths), lengths.max()), np.int64)
+        for ids, row in zip(padded, rows, strict=False):
+            ids[: len(row.ids)] = row.ids
+        logits = self.model.fill(len(self._running), padded, lengths)
+        self._running += rows
+        return [self._draw(row, logits[i]) for i, row in enumerate(rows)]
 
     def _plain_step(self) -> list[Piece]:
         rows = self._running

@@ -5,10 +5,10 @@ The two architectures map one to one onto Transformers' GPT2LMHeadModel and Llam
 """
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,10 +22,6 @@ from smallgpt.tokenizer import Tokenizer
 Cache = list[tuple[Tensor, Tensor]]  # for every layer the keys and values so far, each (B, K, P, d)
 NORM_EPS = 1e-5
 ROPE_THETA = 10_000.0
-
-# Without it MKL adds up products in another order from one process to the next, and the last digits differ; with it a
-# training step takes as long as before. MKL reads it at the first product.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 class Attention(nn.Module):
@@ -68,10 +64,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_tables(max_seq_len: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each `(max_seq_len, head_dim / 2)`, computed in float64."""
-    frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (d / 2,)
-    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)  # (S, d / 2)
-    return angles.cos().float(), angles.sin().float()
+    """Cosines and sines of the rotary angles, each `(max_seq_len, head_dim / 2)`, computed in float64 by NumPy.
+
+    PyTorch's come from MKL, which in some processes rounds one of them the other way.
+    """
+    frequencies = ROPE_THETA ** (-np.arange(0, head_dim, 2) / head_dim)  # (d / 2,)
+    angles = np.outer(np.arange(max_seq_len), frequencies)  # (S, d / 2)
+    return torch.from_numpy(np.cos(angles)).float(), torch.from_numpy(np.sin(angles)).float()
 
 
 class GeluMLP(nn.Module):

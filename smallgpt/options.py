@@ -122,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="auto, cpu, cuda or cuda:N")
     add("-t", "--threads", metavar="N", help="default: all processors, at most 8")
+    add(
+        "--session-option",
+        action="append",
+        type=session_option,
+        default=[],
+        metavar="KEY=VALUE",
+        help="for onnxruntime, such as session.intra_op.allow_spinning=0 on a busy machine; can be repeated",
+    )
     add("--warmup", action="store_true", help="run a token before the clock starts")
     add("--batch-size", type=_at_least(1), default=8, help="sequences that are decoded together (default: 8)")
     add("--verify", action="store_true", help="first recompute the certificate's golden logits")
@@ -196,6 +204,14 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, such as 17=-2.5") from None
+
+
+def session_option(text: str) -> tuple[str, str]:
+    """KEY=VALUE as a configuration entry of onnxruntime's session."""
+    key, sign, value = text.partition("=")
+    if not (key and sign and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as session.intra_op.allow_spinning=0")
+    return key, value
 
 
 def _early_stopping(text: str) -> bool | str:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     without = options.interactive or options.score or (options.verify and from_stdin)
     prompts = [] if without else read_prompts(options)
     started = time.perf_counter()
-    model = OrtGPT(options.bundle, device=options.device, threads=options.threads)
+    model = OrtGPT(options.bundle, device=options.device, threads=options.threads, session=options.session_option)
     if options.verify:
         count, difference = check_golden(model)
         print(f"verified: {count} golden logits, largest difference {difference:.2g}", file=sys.stderr)

@@ -50,17 +50,26 @@ class OrtGPT:
         device: "cpu", "cuda", "cuda:N" for the N-th GPU, or "auto": CUDA where the bundle and the machine have it.
         threads: 0 takes the processors this process may use, at most 8.
         verify: compare the sha256 of every file first.
+        session: configuration entries for onnxruntime, such as ("session.intra_op.allow_spinning", "0").
 
     Raises:
         FileNotFoundError, MismatchError: see `load_bundle`.
         DeviceError: CUDA was asked for and is not there, or not for this bundle.
     """
 
-    def __init__(self, bundle: str | Path, *, device: str = "auto", threads: int = 0, verify: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        device: str = "auto",
+        threads: int = 0,
+        verify: bool = True,
+        session: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.bundle = load_bundle(bundle, verify=verify)
         kind, _, number = device.partition(":")
         self.device_number = int(number or 0)
-        self.session, self.device = _open_session(self.bundle, kind, self.device_number, threads)
+        self.session, self.device = _open_session(self.bundle, kind, self.device_number, threads, session)
         self.tokenizer = Tokenizer.load(self.bundle.tokenizer)
         self.max_seq_len: int = self.bundle.config.model["max_seq_len"]
         self.vocab_size: int = self.bundle.config.model["vocab_size"]
@@ -264,7 +273,9 @@ def check_golden(model: OrtGPT) -> tuple[int, float]:
     return len(certificate["golden"]), largest
 
 
-def _open_session(bundle: Bundle, device: str, number: int, threads: int) -> tuple[Any, str]:
+def _open_session(
+    bundle: Bundle, device: str, number: int, threads: int, entries: Sequence[tuple[str, str]]
+) -> tuple[Any, str]:
     """Open the graph on a device, and say on which one it really is."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; it must be auto, cpu or cuda")
@@ -276,6 +287,8 @@ def _open_session(bundle: Bundle, device: str, number: int, threads: int) -> tup
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or min(8, processors())
     options.inter_op_num_threads = 1
+    for key, value in entries:
+        options.add_session_config_entry(key, value)
     options.log_severity_level = 4  # what goes wrong arrives as an exception or is asked for below
     if "cuda" in devices and device != "cpu":
         problem = missing_for_cuda()

@@ -35,6 +35,7 @@ from smallgpt.completions import (
     token_name,
 )
 from smallgpt.openapi import openapi
+from smallgpt.options import session_option
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.scheduler import Request, Scheduler
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time=options.max_time,
     )
     listener = _listen(options.host, options.port)
-    model = OrtGPT(options.bundle, device=options.device, threads=options.threads)
+    model = OrtGPT(options.bundle, device=options.device, threads=options.threads, session=options.session_option)
     scheduler = Scheduler(model, rows=options.rows, queue=options.queue)
     name = options.alias or f"smallgpt-{model.bundle.config.variant}"
     app = HostCheck(build(model, scheduler, limits, name), [options.host, *options.allowed_host])
@@ -215,6 +216,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", metavar="DEVICE", default="auto", type=str, help="auto, cpu, cuda or cuda:N")
     add(
         "-t", "--threads", default=0, type=functools.partial(_number, int, 0), help="default: all processors, at most 8"
+    )
+    add(
+        "--session-option",
+        metavar="KEY=VALUE",
+        default=[],
+        action="append",
+        type=session_option,
+        help="for onnxruntime",
     )
     add("--rows", default=16, help="sequences that are decoded together (default: 16)")
     add("--queue", default=256, help="requests that may wait; beyond that the answer is 429 (default: 256)")

@@ -80,6 +80,25 @@ def test_what_a_sequence_says_does_not_depend_on_its_company(model: Any) -> None
     assert len({len(pieces) for pieces in expected}) > 2
 
 
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_nor_with_quantised_weights_in_an_even_batch(tmp_path: Path, variant: str) -> None:
+    """Kernels for pairs of rows: whoever comes or goes, and however odd their number and their prompts are."""
+    model = OrtGPT(tiny.write_bundles(tmp_path, tiny.random_model("llama"), [variant]) / variant, threads=1)
+    draw = np.random.default_rng(0)
+    prompts = [[3, *draw.integers(10, 300, draw.integers(0, 30)).tolist()] for _ in range(60)]
+    configs = [GenerationConfig(**{**FREE, "seed": i}, max_new_tokens=int(draw.integers(1, 30))) for i in range(60)]
+    expected = [tokens(alone(model, *asked, even=True)) for asked in zip(prompts, configs, strict=True)]
+    batch = Batch(model, 7, even=True)
+    found: dict[int, list[int]] = {i: [] for i in range(60)}
+    left = list(range(60))
+    while left or batch.busy:
+        for _ in range(min(len(left), int(draw.integers(0, 4)))):
+            batch.add(left[0], prompts[left[0]], configs[left.pop(0)])
+        for piece in batch.step() if batch.busy else ():
+            found[piece.sequence].append(piece.token)
+    assert [found[i] for i in range(60)] == expected
+
+
 def test_they_join_and_leave_in_the_middle(model: Any) -> None:
     config = GenerationConfig(**FREE, max_new_tokens=25, ignore_eos=True)
     expected = {i: tokens(alone(model, prompt, config, i)) for i, prompt in enumerate(PROMPTS)}

@@ -177,6 +177,14 @@ def test_dropout_is_on_embeddings_and_residuals_alone(architecture: str) -> None
     assert not torch.equal(block(x, rotary, None)[0], block(x, rotary, None)[0])
 
 
+def test_rotary_tables_are_rounded_right() -> None:
+    """To the bit, from the C library's functions: a table that depends on the process changes every training."""
+    tables = rotary_tables(256, 64)
+    angles = [[position * 10_000 ** (-2 * i / 64) for i in range(32)] for position in range(256)]
+    for table, function in zip(tables, (math.cos, math.sin), strict=True):
+        assert torch.equal(table, torch.tensor([[function(angle) for angle in row] for row in angles]))
+
+
 def test_rotation() -> None:
     cos, sin = rotary_tables(5, 4)  # frequencies 1 and 1/100
     assert cos.shape == sin.shape == (5, 2)

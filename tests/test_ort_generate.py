@@ -22,7 +22,7 @@ from smallgpt.decode import stream_text
 from smallgpt.evaluate import evaluate_split
 from smallgpt.files import write_json
 from smallgpt.ort_generate import main
-from smallgpt.runtime import OrtGPT, check_golden
+from smallgpt.runtime import CALLS, OrtGPT, check_golden
 from smallgpt.sampling import GenerationConfig
 from smallgpt.tokenizer import train_tokenizer
 from smallgpt.tokens import TokenFile, write_tokens
@@ -238,6 +238,29 @@ def test_devices_are_not_swapped_silently(random_bundles: Path, caplog: pytest.L
         assert auto.stderr.decode() == (
             f"warning: no GPU ({reason}): this fp16 bundle runs on the CPU, where fp32 is faster\n"
         )
+
+
+def test_session_options_reach_onnxruntime(random_bundles: Path) -> None:
+    entry = ("session.intra_op.allow_spinning", "0")
+    session = OrtGPT(random_bundles / "fp32", threads=2, session=[entry]).session
+    assert session.get_session_options().get_session_config_entry(entry[0]) == "0"
+    plain = run(random_bundles / "fp32", "-p", "the", "-s", 1, "-q")
+    assert run(random_bundles / "fp32", "-p", "the", "-s", 1, "-q", "--session-option", "=".join(entry)).stdout
+    assert plain.stdout
+    code, line = error(run(random_bundles / "fp32", "-p", "x", "--session-option", "spinning"))
+    assert code == 2
+    assert "'spinning' is not KEY=VALUE, such as session.intra_op.allow_spinning=0" in line
+
+
+def test_only_so_many_shapes_of_calls_are_kept(random_bundles: Path) -> None:
+    model = OrtGPT(random_bundles / "fp32", threads=1)
+    model.reserve(12)
+    first = model.fill(0, np.array([[3, 9, 40]])).copy()
+    for rows in range(1, 13):
+        for width in range(1, 13):
+            model.fill(0, np.full((rows, width), 7))
+    assert len(model._calls) == CALLS
+    assert np.array_equal(model.fill(0, np.array([[3, 9, 40]])), first)
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:

@@ -39,7 +39,7 @@ SONG = "the dog sat 日本 🙂 happy"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random")
-    return tiny.write_bundles(folder, tiny.random_model("llama"), ["fp32"]) / "fp32"
+    return tiny.write_bundles(folder, tiny.random_model("llama"), ["fp32", "int8"]) / "fp32"
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,11 @@ def model(bundle: Path) -> OrtGPT:
 
 
 def alone(model: OrtGPT, prompt: str | list[int], number: int = 0, **values: Any) -> tuple[str, str | None]:
-    """Text and reason of a single run with the bundle's defaults."""
+    """Text and reason of a single run with the bundle's defaults, with the kernels that a batch is computed with."""
+    even = model.bundle.config.variant != "fp32"
     ids = [model.tokenizer.eos_id, *model.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
     config = GenerationConfig.from_dict({**model.bundle.generation().to_dict(), **values})
-    pieces = [step[0] for step in generate(model, [ids], config, sequences=[number])]
+    pieces = [step[0] for step in generate(model, [ids], config, sequences=[number], even=even)]
     return "".join(piece.text for piece in pieces), pieces[-1].finish
 
 
@@ -611,15 +612,18 @@ def crowd(server: Served, model: OrtGPT, clients: int, seconds: float) -> tuple[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
 @pytest.mark.parametrize("seconds", [120 if "SMALLGPT_FULL_TESTS" in os.environ else 30])
-def test_64_clients_get_what_they_would_get_alone(server: Served, model: OrtGPT, seconds: float) -> None:
-    for clients, duration in ((1, seconds / 4), (64, seconds)):
-        requests, tokens = crowd(server, model, clients, duration)
-        print(f"{clients} clients: {requests} requests, {tokens / duration:.0f} tokens/s")
-        assert requests >= clients
-    assert threading.active_count() < 64
-    server.wait_for("requests_running", 0)
-    assert server.metric("requests_failed_total") == 0
+def test_64_clients_get_what_they_would_get_alone(bundle: Path, variant: str, seconds: float) -> None:
+    model = OrtGPT(bundle.parent / variant, threads=1)
+    with serving(bundle.parent / variant) as server:
+        for clients, duration in ((1, seconds / 4), (64, seconds)):
+            requests, tokens = crowd(server, model, clients, duration)
+            print(f"{clients} clients: {requests} requests, {tokens / duration:.0f} tokens/s")
+            assert requests >= clients
+        assert threading.active_count() < 64
+        server.wait_for("requests_running", 0)
+        assert server.metric("requests_failed_total") == 0
 
 
 def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
