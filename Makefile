@@ -8,6 +8,10 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
+# DVC removes the outputs of a stage before it runs. When that fails its cache has the old ones, but not the reports.
+keeping = rm -rf .smallgpt/reports && mkdir -p .smallgpt reports && cp -a reports .smallgpt && \
+	{ $(1) || { code=$$?; dvc checkout --quiet --force || true; cp -an .smallgpt/reports/. reports; exit $$code; }; }
+
 .PHONY: help repro test test-fast lint format ui export data bench-train clean
 
 help:  ## List the targets
@@ -21,13 +25,13 @@ help:  ## List the targets
 
 repro: .venv/.installed  ## Run the pipeline: corpus, tokenizer, training, evaluation, export
 	@python -m smallgpt.config params.yaml
-	@dvc repro || { code=$$?; dvc checkout --quiet --force || true; exit $$code; }
+	@$(call keeping,dvc repro)
 	@printf '\ncorpus     data/prepared\ntokenizer  models/tokenizer\nmodel      models/gpt\nbundles    exports (no PyTorch needed)\nreports    reports, and make ui\n\n'
 	@cat reports/evaluate/perplexity.md
 	@echo && python -m smallgpt.ort_generate exports/fp32 --echo --quiet --seed 1 -p 'Once upon a time'
 
 export: .venv/.installed  ## Run what the ONNX bundles need
-	@dvc repro export || { code=$$?; dvc checkout --quiet --force || true; exit $$code; }
+	@$(call keeping,dvc repro export)
 
 data: .venv/.installed  ## Write a corpus as text: make data SOURCE=shakespeare
 	@python -m smallgpt.corpus $(SOURCE)
