@@ -70,13 +70,16 @@ def load_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
     """Read a bundle's config.json and, unless told not to, compare every file with its hash.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        MismatchError: a file was changed, the contract is newer than this library, or config.json is damaged.
+        FileNotFoundError: the folder or its config.json is missing.
+        MismatchError: another file is missing or was changed, the contract is newer than this library, config.json is
+            damaged, or the folder holds a model and no bundle.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; name a bundle such as exports/fp32, or export one")
     values = _read_json(folder / CONFIG)
+    if "format" in values and "contract" not in values:
+        raise MismatchError(f"{folder} is a model folder; name a bundle made from it, such as exports/fp32")
     contract = values.pop("contract", None)
     if type(contract) is int and contract > CONTRACT:
         raise MismatchError(f"{folder} has contract {contract}, this smallgpt reads {CONTRACT}; upgrade smallgpt")
@@ -91,7 +94,7 @@ def load_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
     for name in FILES if verify else ():
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; the bundle is not whole, copy or export it again")
+            raise MismatchError(f"{path} does not exist; the bundle is not whole, copy or export it again")
         if sha256_file(path) != hashes.get(name):
             raise MismatchError(
                 f"{path} does not have the sha256 in {CONFIG}: it was changed or cut short; copy it again"

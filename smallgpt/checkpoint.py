@@ -96,5 +96,12 @@ def load_checkpoint(folder: str | Path, *, weights: str = "model.safetensors") -
     return Checkpoint(config, read_tensors(folder / weights), values, tokenizer)
 
 
+def model_sha256(folder: str | Path) -> str:
+    """Hash of a model folder's weights, which names the model in the runs; FileNotFoundError without them."""
+    if not (path := Path(folder) / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{path} does not exist; the train stage writes it")
+    return sha256_file(path)
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -77,7 +77,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 128 + signal.SIGPIPE
     except PermissionError as error:
         code = _report(f"{error.filename}: permission denied; give this user access to it or name another place", 2)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        code = _report(f"{error.filename}: {named.lower()}; name another path" if named else error, 2)
+    except ValueError as error:
         code = _report(error, 2)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from smallgpt.cli import run
+from smallgpt.files import decode_utf8
 from smallgpt.sampling import GenerationConfig
 
 
@@ -236,10 +237,12 @@ def load_config(path: str | Path = "params.yaml") -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run from the project's root or name a parameter file")
+        wrong = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {wrong}; run from the project's root or name a parameter file")
+    text = decode_utf8(path.read_bytes(), str(path))
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected sections such as model: and training:, found {type(values).__name__}")
@@ -273,6 +276,8 @@ def _explain(fault: Any) -> str:
         return f"{key}: {message}" if key else message
     if fault["type"] in ("model_type", "dataclass_exact_type"):
         message = f"should hold parameters, a line each: {', '.join(_known_keys((*location, '')))}"
+    if fault["type"] == "too_short":
+        message = message.removesuffix(" after validation, not 0")
     return f"{key} is {fault['input']!r}; it {message}"
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from smallgpt.cli import run
 from smallgpt.config import PrepareConfig
 from smallgpt.download import download, verify
-from smallgpt.files import replace_folder, sha256_bytes, write_atomic, write_json
+from smallgpt.files import decode_utf8, line_of, replace_folder, sha256_bytes, write_atomic, write_json
 from smallgpt.stories import generate_stories
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ DOWNLOADS = {
         "wikitext-2-v1.zip",
     ),
 }
+SOURCES = ("stories", *DOWNLOADS)
 WIKITEXT2_CHECKSUMS = {
     "valid": "sha256:f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "test": "sha256:d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
@@ -129,14 +130,11 @@ def load_corpus(config: PrepareConfig) -> Corpus:
     elif source == "wikitext2":
         return Corpus(_wikitext2(data_dir()))
     elif path.exists():
-        log.info("DVC does not watch %s: after a change in place run dvc repro -f prepare", source)
         if path.is_dir() and (given := _split_files(path)):
             return Corpus({split: _read(file) for split, file in given.items()})
         documents = [document for file in _text_files(path) for document in _read(file)]
     else:
-        raise FileNotFoundError(
-            f"prepare.source is {source}: no such file or folder, and none of stories, {', '.join(DOWNLOADS)}"
-        )
+        raise FileNotFoundError(f"prepare.source is {source}: no such file or folder, and none of {', '.join(SOURCES)}")
     text = documents[0] if len(documents) == 1 else None
     cuts = _cuts(len(documents) if text is None else len(text), config)
     splits = {split: documents[part] if text is None else [text[part]] for split, part in cuts.items()}
@@ -201,18 +199,10 @@ def _read(path: Path) -> list[str]:
 
 def _decode(data: bytes, name: str) -> str:
     """UTF-8 without its byte order mark, with LF line ends."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = f"{name} line {_line(data, error.start)}, byte {error.start}"
-        raise ValueError(f"{place}: 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+    text = decode_utf8(data, name)
     if (start := data.find(b"\0")) >= 0:
-        raise ValueError(f"{name} line {_line(data, start)}, byte {start}: a NUL byte; save the file as UTF-8 text")
+        raise ValueError(f"{name} line {line_of(data, start)}, byte {start}: a NUL byte; save the file as UTF-8 text")
     return _newlines(text.removeprefix("\ufeff"))
-
-
-def _line(data: bytes, offset: int) -> int:
-    return len(re.findall(rb"\r\n|\r|\n", data[:offset])) + 1
 
 
 def _newlines(text: str) -> str:
@@ -311,7 +301,7 @@ def _wikitext2(folder: Path) -> dict[str, list[str]]:
 def main() -> None:
     """Command line: write a named source to files, for use by path."""
     parser = argparse.ArgumentParser(prog="python -m smallgpt.corpus", description="Write a named source under data/.")
-    parser.add_argument("source", choices=["stories", *DOWNLOADS])
+    parser.add_argument("source", choices=SOURCES)
     parser.add_argument("--out", type=Path, help="default: data/shakespeare.txt, data/wikitext2/ or data/stories.jsonl")
     arguments = parser.parse_args()
     splits = load_corpus(PrepareConfig(source=arguments.source)).splits

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,20 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def decode_utf8(data: bytes, name: str) -> str:
+    """Text of the file `name`, or ValueError with the line and the offset of the first byte that is no UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f"{name} line {line_of(data, error.start)}, byte {error.start}"
+        raise ValueError(f"{place}: 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def line_of(data: bytes, offset: int) -> int:
+    """Number of the line, from 1, in which the byte at `offset` stands."""
+    return len(re.findall(rb"\r\n|\r|\n", data[:offset])) + 1
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder, prompt, seed = options.pop("model"), options.pop("prompt"), options.pop("seed")
     config = GenerationConfig(**options, seed=secrets.randbits(31) if seed is None else seed)
     model = SmallGPT.from_pretrained(folder)
+    if model.tokenizer is None:
+        raise FileNotFoundError(f"{folder}/tokenizer.model does not exist; the train stage writes it")
     sys.stdout.write(prompt)
     for piece in stream_text(model, prompt, config):
         sys.stdout.write(piece)

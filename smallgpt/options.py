@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from smallgpt import __version__
+from smallgpt.files import decode_utf8
 from smallgpt.sampling import GenerationConfig
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
@@ -148,7 +149,7 @@ def settings(options: argparse.Namespace, bundle: GenerationConfig) -> tuple[Gen
     for name in SETTINGS:
         text = os.environ.get(ENVIRONMENT + name.upper())
         if text:
-            values[name], origin[name] = _from_text(name, text), "environment"
+            values[name], origin[name] = _from_text(name, text, ENVIRONMENT + name.upper()), "environment"
         given = getattr(options, name)
         if given is not None:
             values[name], origin[name] = dict(given) if name == "logit_bias" else given, "command line"
@@ -171,7 +172,7 @@ def _meant(name: str, value: Any) -> Any:
     return secrets.randbelow(2**32) if value == -1 and name == "seed" else value
 
 
-def _from_text(name: str, text: str) -> Any:
+def _from_text(name: str, text: str, origin: str = "") -> Any:
     default = getattr(GenerationConfig(), name)
     try:
         if name == "early_stopping":
@@ -186,7 +187,7 @@ def _from_text(name: str, text: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return type(default)(text)
     except (ValueError, KeyError, argparse.ArgumentTypeError):
-        raise ValueError(f"{name} is {text!r}, which is no value for it") from None
+        raise ValueError(f"{origin or name} is {text!r}, which is no value for it") from None
 
 
 def _at_least(low: int) -> Callable[[str], int]:
@@ -252,19 +253,12 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("there is no prompt; give one with -p, with -f FILE or on stdin")
     # One newline at the end of stdin is not part of the prompt.
-    return [_decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")]
+    return [decode_utf8(sys.stdin.buffer.read(), "stdin").removesuffix("\n")]
 
 
 def read_text(path: Path) -> str:
     """A UTF-8 file; ValueError names the first byte that is none."""
-    return _decode(path.read_bytes(), str(path))
-
-
-def _decode(data: bytes, origin: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{origin} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+    return decode_utf8(path.read_bytes(), str(path))
 
 
 def json_fields(text: str, path: Path, name: str) -> list[str]:

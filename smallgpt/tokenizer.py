@@ -18,15 +18,15 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 class Tokenizer:
     """Encodes text to ids and back. Raises MismatchError for a file that is no such tokenizer."""
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, name: str = "the tokenizer file") -> None:
         self.sha256 = sha256_bytes(model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = [self._processor.id_to_piece(i) for i in range(len(CONTROL_PIECES))]
         except (RuntimeError, IndexError) as error:
-            raise MismatchError(f"the tokenizer file is damaged or no SentencePiece model: {error}") from None
+            raise MismatchError(f"{name} is damaged or no SentencePiece model: {error}") from None
         if pieces != list(CONTROL_PIECES):
-            raise MismatchError(f"the tokenizer's first pieces are {pieces}; expected {list(CONTROL_PIECES)}")
+            raise MismatchError(f"{name} begins with the pieces {pieces}; expected {list(CONTROL_PIECES)}")
         self.model = model
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = range(4)
         self.banned_ids = (self.pad_id, self.unk_id, self.bos_id)
@@ -42,7 +42,7 @@ class Tokenizer:
         path = path / "tokenizer.model" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; the tokenize stage writes it")
-        return cls(path.read_bytes())
+        return cls(path.read_bytes(), str(path))
 
     def _bytes_of(self, index: int) -> bytes:
         piece: str = self._processor.id_to_piece(index)
@@ -198,7 +198,7 @@ def _explain(message: str, vocab_size: int) -> str:
     if match := re.search(r"value <= (\d+)", message):
         return (
             f"model.vocab_size is {vocab_size}, more than this training text supports; "
-            f"the largest that works is {match[1]}"
+            f"take a longer corpus, or at most {match[1]}"
         )
     if match := re.search(r"required_chars\D+(\d+) vs (\d+)", message):
         return (

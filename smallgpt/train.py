@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,12 @@ def train(
     check_tokens(data, tokenizer, config)
     key = fingerprint(config, data, device, threads)
     folder = work / key[:16]
+    unknown = MismatchError(
+        f"{work} holds no stopped training with these settings, data and versions; "
+        "give it what it was started with, or use --out to start a new one"
+    )
+    if resume_only and not any(folder.glob("state-*")):
+        raise unknown
     with join_ranks(device) as ranks, exclusive(folder, ranks):
         if settings.batch_size % ranks.size:
             raise ValueError(
@@ -79,10 +86,7 @@ def train(
                 f"the processes found different states in {work}; it must be one folder for all of them"
             )
         if resume_only and not state.step:
-            raise MismatchError(
-                f"{work} holds no stopped training with these settings, data and versions; "
-                "give it what it was started with, or use --out to start a new one"
-            )
+            raise unknown
         resume_key = key if settings.resume == "auto" else None
         with start_run("train", resume_key=resume_key) if track and ranks.first else Tracker() as tracker:
             tracker.log_params(config.model_dump(include={"model", "training"}))
@@ -198,31 +202,32 @@ class GPTTrainer:
 
         A training that was stopped goes on where it was; see `train` for `track` and `resume_only`.
         """
-        config = self.config.model_copy(
-            update={"prepare": self.config.prepare.model_copy(update={"source": str(corpus)})}
-        )
-        prepared, tokens = self.work / "prepared", self.work / "tokens"
+        values = self.config.prepare.model_dump() | {"source": str(corpus)}
+        config = self.config.model_copy(update={"prepare": parse_config({"prepare": values}, "the corpus").prepare})
+        # What turns out not to be the stopped training's text must not take the place of that text.
+        place = self.work / ".resume" if resume_only else self.work
+        prepared, tokens, tokenizer = place / "prepared", place / "tokens", place / "tokenizer"
         with join_ranks(pick_device(config.training.device)) as ranks:
-            if ranks.first:
-                prepare(config.prepare, out=prepared, report=self.work / "reports" / "prepare.json")
-                tokenize(
-                    {split: read_documents(prepared, split) for split in split_names(prepared)},
-                    vocab_size=config.model.vocab_size,
-                    options=config.tokenizer,
-                    tokenizer=self.work / "tokenizer",
+            try:
+                if ranks.first:
+                    prepare(config.prepare, out=prepared, report=place / "reports" / "prepare.json")
+                    documents = {split: read_documents(prepared, split) for split in split_names(prepared)}
+                    size, how = config.model.vocab_size, config.tokenizer
+                    tokenize(documents, vocab_size=size, options=how, tokenizer=tokenizer, tokens=tokens)
+                ranks.wait()
+                train(
+                    config,
+                    Tokenizer.load(tokenizer),
                     tokens=tokens,
+                    out=self.work / "gpt",
+                    reports=self.work / "reports" / "train",
+                    work=self.work / "state",
+                    track=track,
+                    resume_only=resume_only,
                 )
-            ranks.wait()
-            train(
-                config,
-                Tokenizer.load(self.work / "tokenizer"),
-                tokens=tokens,
-                out=self.work / "gpt",
-                reports=self.work / "reports" / "train",
-                work=self.work / "state",
-                track=track,
-                resume_only=resume_only,
-            )
+            finally:
+                if resume_only and ranks.first:
+                    shutil.rmtree(place, ignore_errors=True)
         return SmallGPT.from_pretrained(self.work / "gpt")
 
 
@@ -231,8 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m smallgpt.train", description="Train without a pipeline.")
     parser.add_argument("--config", default="params.yaml", help="parameter file (default: params.yaml)")
     parser.add_argument("--data", required=True, help="text file, .jsonl, folder, or stories|shakespeare|wikitext2")
-    parser.add_argument("--out", type=Path, default=Path(".smallgpt/trainer"), help="work folder")
-    parser.add_argument("--resume", type=Path, help="work folder of a training that was stopped")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--out", type=Path, default=Path(".smallgpt/trainer"), help="work folder")
+    place.add_argument("--resume", type=Path, help="work folder of a training that was stopped")
     options = parser.parse_args(arguments)
     if options.resume and not any((options.resume / "state").glob("*/state-*")):
         raise FileNotFoundError(f"{options.resume} holds no training that was stopped; use --out to start one")

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+from smallgpt.checkpoint import model_sha256
 from smallgpt.cli import run
 from smallgpt.config import load_config
 from smallgpt.evaluate import evaluate, perplexity_rows
-from smallgpt.files import sha256_file
 from smallgpt.model import SmallGPT
 from smallgpt.tracking import start_run
 
@@ -21,7 +21,7 @@ def main(
 ) -> None:
     config = load_config(params)
     report = json.loads(Path(prepare_report).read_text(encoding="utf-8"))
-    with start_run("evaluate", model_sha256=sha256_file(Path(model) / "model.safetensors")) as tracker:
+    with start_run("evaluate", model_sha256=model_sha256(model)) as tracker:
         results = evaluate(
             SmallGPT.from_pretrained(model),
             Path(tokens),

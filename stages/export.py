@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from smallgpt.checkpoint import model_sha256
 from smallgpt.cli import run
 from smallgpt.config import load_config
 from smallgpt.export import export
-from smallgpt.files import sha256_file
 from smallgpt.tracking import start_run
 
 
@@ -17,7 +17,7 @@ def main(
     report: str = "reports/export.json",
 ) -> None:
     config = load_config(params)
-    with start_run("export", model_sha256=sha256_file(Path(model) / "model.safetensors")) as tracker:
+    with start_run("export", model_sha256=model_sha256(model)) as tracker:
         results = export(
             Path(model), Path(tokens), config.export, config.generation, out=Path(out), report=Path(report)
         )

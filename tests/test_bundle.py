@@ -57,7 +57,14 @@ def test_a_changed_file_is_named(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [*FILES, "config.json"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+    expected = FileNotFoundError if name == "config.json" else MismatchError
+    with pytest.raises(expected, match=f"{name} does not exist"):
+        load_bundle(folder)
+
+
+def test_a_model_folder_is_no_bundle(folder: Path) -> None:
+    write_json(folder / "config.json", {"format": 1, "model": {}})
+    with pytest.raises(MismatchError, match="is a model folder; name a bundle made from it"):
         load_bundle(folder)
 
 

@@ -34,7 +34,7 @@ def start(body: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
         ("raise FloatingPointError('the loss is nan')", 1, "error: the loss is nan\n"),
         ("raise ValueError('batch_size is 0')", 2, "error: batch_size is 0\n"),
         ("raise FileNotFoundError('x.txt does not exist')", 2, "error: x.txt does not exist\n"),
-        ("open('/no/such/file')", 2, "error: [Errno 2] No such file or directory: '/no/such/file'\n"),
+        ("open('/no/such/file')", 2, "error: /no/such/file: no such file or directory; name another path\n"),
         (
             "raise PermissionError(13, 'Permission denied', 'models')",
             2,

@@ -268,7 +268,6 @@ def test_every_fault_has_its_line() -> None:
         ("prepare: {source: 1:30}", "line 1: source is 1:30, which reads as a number of base 60; quote it"),
         ("model:\n  dropout: -1:2:3\n", "line 2: dropout is -1:2:3, which reads as a number of base 60; quote it"),
         ("model: {dropout: -01}", "line 1: dropout is -01, which reads as octal; drop the leading 0"),
-        (b"model: {dropout: 0.1} # \xff\n", "'utf-8' codec can't decode byte 0xff in position 24"),
         ("model: {dropout: 0.1\n", "while parsing a flow mapping"),
         ("model:\n\tdropout: 0.1\n", "while scanning for the next token found character '\\t'"),
         ("model: {{ dropout }}\n", "while constructing a mapping"),
@@ -284,6 +283,14 @@ def test_every_fault_has_its_line() -> None:
 )
 def test_unreadable_files(tmp_path: Path, content: bytes | str, message: str) -> None:
     assert file_fault(tmp_path, content).startswith(message)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"model:\n  dropout: 0.1 # \xff\n")
+    with pytest.raises(ValueError, match=r"latin\.yaml line 2, byte 24: 0xff is not UTF-8; save the file as UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+    with pytest.raises(FileNotFoundError, match=r" is a folder; run from the project's root or name a parameter file"):
+        load_config(tmp_path)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from smallgpt.config import PrepareConfig
 from smallgpt.corpus import overlap, prepare, read_documents, split_names
 from smallgpt.download import download
 from smallgpt.stories import generate_stories
+from stages.prepare import main as run_stage
 
 ROOT = Path(__file__).parent.parent
 CUT = 3 << 16  # bytes before a connection breaks
@@ -173,13 +174,23 @@ def test_newlines_and_byte_order_mark_are_normalised(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "prepared", "train") == ["a\nb\nc", "d"]
 
 
-def test_a_source_outside_the_deps_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "my.txt").write_text(LINES)
+def test_the_stage_says_that_dvc_does_not_watch_a_source(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMALLGPT_TRACKING", "off")
+    Path("my.txt").write_text(LINES)
+    Path("mine.yaml").write_text("prepare:\n  source: my.txt\n")
+    Path("grammar.yaml").write_text("prepare:\n  stories_bytes: 20000\n")
     with caplog.at_level(logging.INFO):
-        run_prepare(tmp_path, tmp_path / "my.txt")
-    assert "DVC does not watch" in caplog.messages[0]
-    assert "dvc repro -f prepare" in caplog.messages[0]
-    assert "train 1,791 bytes in 1 document(s), valid 99 bytes in 1" in caplog.messages[-1]
+        run_stage("mine.yaml")
+    assert "train 1,791 bytes in 1 document(s), valid 99 bytes in 1" in caplog.messages[-2]
+    assert "DVC does not watch my.txt" in caplog.messages[-1]
+    assert "dvc repro -f prepare" in caplog.messages[-1]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_stage("grammar.yaml")
+    assert "DVC" not in caplog.text
 
 
 def test_overlap_of_known_shares() -> None:
@@ -317,8 +328,7 @@ def test_no_permission_is_one_line_and_spoils_nothing(tmp_path: Path, locked: st
     result = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, check=False)
     (site / locked).chmod(0o777)
     assert result.returncode == 2, result.stderr
-    *logged, last = result.stderr.splitlines()
-    assert all(line.startswith("DVC does not watch my.txt") for line in logged)
+    [last] = result.stderr.splitlines()
     assert last.startswith(f"error: {locked}")
     assert last.endswith(": permission denied; give this user access to it or name another place")
     assert contents(site) == before

@@ -149,7 +149,7 @@ def test_every_setting_has_a_twin_in_the_environment(monkeypatch: pytest.MonkeyP
             assert settings(parse(["x"]), BUNDLE)[1][name] == ("random" if name == "seed" else "bundle")
             context.setenv(f"SMALLGPT_{name.upper()}", "?" if name != "stop" else "fine")
             if name != "stop":
-                with pytest.raises(ValueError, match=rf"{name} is '\?', which is no value for it"):
+                with pytest.raises(ValueError, match=rf"SMALLGPT_{name.upper()} is '\?', which is no value for it"):
                     settings(parse(["x"]), BUNDLE)
 
 

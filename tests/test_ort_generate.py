@@ -144,7 +144,7 @@ def test_bundles_that_do_not_fit(damaged: Path) -> None:
     assert f"{damaged}/model.onnx cannot be loaded" in line
     (damaged / "model.onnx").unlink()
     code, line = error(run(damaged, "-p", "x"))
-    assert code == 2
+    assert code == 3
     assert line.startswith(f"error: {damaged}/model.onnx does not exist")
     settings = json.loads((damaged / "config.json").read_text())
     write_json(damaged / "config.json", settings | {"contract": 2})
@@ -195,7 +195,7 @@ def test_a_foreign_graph_is_refused(damaged: Path, parrot: Path) -> None:
         (["--score", "nowhere.txt"], b"", "nowhere.txt"),
         (["--batch-file", os.devnull], b"", "/dev/null holds no prompt"),
         (["-f", "nowhere.txt"], b"", "nowhere.txt"),
-        ([], b"ab\xff", "stdin is not UTF-8: byte 0xff at offset 2"),
+        ([], b"ab\xff", "stdin line 1, byte 2: 0xff is not UTF-8; save the file as UTF-8"),
         ([b"-p", b"\xff"], b"", "lone surrogate"),
     ],
 )

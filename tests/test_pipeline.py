@@ -272,6 +272,23 @@ def test_bad_parameters_lose_nothing(project: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_failing_stage_keeps_the_reports(project: Path) -> None:
+    params, source = project / "params.yaml", project / "stages/evaluate.py"
+    before, code = params.read_text(), source.read_text()
+    reports = {path: path.read_bytes() for path in (project / "reports").rglob("*") if path.is_file()}
+    source.write_text(code.replace("config = load_config(params)", "raise ValueError('cut off')"))
+    params.write_text(before.replace("samples: ", "samples: 1"))
+    assert source.read_text() != code
+    assert params.read_text() != before
+    message = run("make", "-o", ".venv/.installed", "repro", cwd=project, code=2)
+    source.write_text(code)
+    params.write_text(before)
+    assert "error: cut off" in message
+    assert {path: path.read_bytes() for path in (project / "reports").rglob("*") if path.is_file()} == reports
+    assert "Running stage" not in run("dvc", "repro", cwd=project)
+
+
+@pytest.mark.slow
 def test_serving_install_alone(project: Path, tmp_path: Path) -> None:
     """A new environment with the base install generates the same text, and nothing of the training install is in it."""
     run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)

@@ -428,16 +428,21 @@ def test_trainer_in_a_thread(tmp_path: Path) -> None:
     assert models[0].config.vocab_size == 290
 
 
+def stop_after_five_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next training that is not tracked interrupted."""
+    monkeypatch.setattr(
+        "smallgpt.train.Tracker", lambda: Watcher(lambda metrics, step: send(signal.SIGINT)() if step == 5 else None)
+    )
+
+
 def test_trainer_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "corpus.txt").write_text(TEXT)
     whole = GPTTrainer(trainer_sections(), work=tmp_path / "whole").train(tmp_path / "corpus.txt")
     stopped = GPTTrainer(trainer_sections(), work=tmp_path / "stopped")
-    monkeypatch.setattr(
-        "smallgpt.train.Tracker", lambda: Watcher(lambda metrics, step: send(signal.SIGINT)() if step == 5 else None)
-    )
-    with pytest.raises(StoppedError):
-        stopped.train(tmp_path / "corpus.txt")
-    monkeypatch.undo()
+    with monkeypatch.context() as context:
+        stop_after_five_steps(context)
+        with pytest.raises(StoppedError):
+            stopped.train(tmp_path / "corpus.txt")
     model = stopped.train(tmp_path / "corpus.txt")
     assert same(model.state_dict(), whole.state_dict())
     assert contents(tmp_path / "stopped" / "gpt") == contents(tmp_path / "whole" / "gpt")
@@ -462,6 +467,28 @@ def test_command_line_refuses_to_resume_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"work holds no training that was stopped; use --out to start one"):
         main([*arguments, "--resume", str(tmp_path / "work")])
     assert list((tmp_path / "work").iterdir()) == []  # nothing was prepared in vain
+    with pytest.raises(SystemExit):
+        main([*arguments, "--resume", str(tmp_path / "work"), "--out", str(tmp_path / "elsewhere")])
+    with pytest.raises(ValueError, match=r"the corpus: prepare.source is ''; it should have at least 1 character"):
+        main(["--data", "", *arguments[2:], "--out", str(tmp_path / "work")])
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_refused_resume_leaves_the_stopped_training_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    trainer = GPTTrainer(trainer_sections(), work=tmp_path / "work")
+    with monkeypatch.context() as context:
+        stop_after_five_steps(context)
+        with pytest.raises(StoppedError):
+            trainer.train(tmp_path / "corpus.txt")
+    before = contents(tmp_path / "work")
+    with pytest.raises(MismatchError, match=r"holds no stopped training with these settings, data and versions"):
+        trainer.train(tmp_path / "other.txt", resume_only=True)
+    assert contents(tmp_path / "work") == before
+    assert len(list((tmp_path / "work" / "state").iterdir())) == 1
+    trainer.train(tmp_path / "corpus.txt", resume_only=True)
+    assert not (tmp_path / "work" / ".resume").exists()
 
 
 def test_resuming_needs_the_settings_it_was_started_with(runner: Runner) -> None:
