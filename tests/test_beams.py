@@ -83,6 +83,7 @@ def compare(model: SmallGPT, peer: Any, prompts: list[str], **settings: Any) -> 
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
@@ -189,6 +190,7 @@ def test_the_cache_of_beams_that_swap_places_is_right(served: dict[str, Any]) ->
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("stop", [(), ("n",), ("a ", "ed"), ("e", "xyz")])
 def test_what_is_streamed_is_never_taken_back(served: dict[str, Any], kind: str, stop: tuple[str, ...]) -> None:

@@ -41,6 +41,7 @@ def test_calls_add_up_in_one_report(tmp_path: Path) -> None:
     assert set(report["machine"]) == {"cpu", "extensions", "torch"}
 
 
+@pytest.mark.slow
 def test_refusals(tmp_path: Path) -> None:
     done = bench("--shape", "huge", "--out", str(tmp_path / "train.json"))
     assert done.returncode == 2

@@ -540,6 +540,7 @@ def test_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert corpus.data_dir() == Path("/home/anna/texts")
 
 
+@pytest.mark.slow
 def test_command_line_writes_sources_as_files(
     published: dict[str, bytes], server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

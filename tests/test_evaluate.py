@@ -55,6 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_everything_is_written_the_same_twice(project: Path, curves: Path, tmp_path: Path) -> None:
     tokens = project / "data/tokens"
     results = []

@@ -67,6 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "tolerance"), [("fp32", 2e-5), ("fp16", 0.05)])
 def test_ragged_batches_equal_torch_up_to_the_last_position(pair, variant: str, tolerance: float) -> None:
     model, bundles = pair
@@ -271,6 +272,7 @@ def test_lineage_names_model_text_tokenizer_and_library(project: Path) -> None:
     assert lineage["library"] == {f"smallgpt/{path.name}": sha256_file(path) for path in files}
 
 
+@pytest.mark.slow
 def test_two_exports_have_the_same_bytes(project: Path, tmp_path: Path) -> None:
     first, second = (run_export(project, tmp_path / name, list(VARIANTS)) for name in ("a", "b"))
     assert first == second
@@ -317,6 +319,7 @@ def test_the_certificate_fails_on_one_changed_weight(
     assert contents(tmp_path) == before  # the earlier export and its report are whole, and nothing else is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 @pytest.mark.parametrize("weight", ["h.0.attn.qkv.weight", "h.1.mlp.down.weight", "wte.weight"])
 def test_the_certificate_fails_on_a_matrix_with_scales_of_other_rows(

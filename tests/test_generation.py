@@ -80,6 +80,7 @@ def test_what_a_sequence_says_does_not_depend_on_its_company(model: Any) -> None
     assert len({len(pieces) for pieces in expected}) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 def test_nor_with_quantised_weights_in_an_even_batch(tmp_path: Path, variant: str) -> None:
     """Kernels for pairs of rows: whoever comes or goes, and however odd their number and their prompts are."""
@@ -326,6 +327,7 @@ def repeating(number: int) -> list[int]:
     return [3, *part, *part[: 1 + number % 15]]
 
 
+@pytest.mark.slow
 def test_guessing_ahead_changes_no_text(model: Any) -> None:
     proposed = accepted = 0
     for number in range(10):
@@ -344,6 +346,7 @@ def test_guessing_ahead_changes_no_text(model: Any) -> None:
     assert proposed > accepted > 0
 
 
+@pytest.mark.slow
 def test_greedy_texts_of_200_prompts_are_the_same(bundle: Path) -> None:
     """Where a text differs, two tokens must have been equally likely up to rounding."""
     model = OrtGPT(bundle, threads=1)

@@ -160,6 +160,7 @@ def test_accumulation_equals_a_large_batch(tmp_path: Path, optimizer: str, toler
     assert once.train_rows[-1]["loss"] < once.train_rows[0]["loss"] - 0.1  # it is not all the same anyhow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_overfits_a_short_text(tmp_path: Path, architecture: str) -> None:
     ids = np.random.default_rng(0).permutation(300)[: 2 * SEQ_LEN].astype(np.uint16)  # no id twice
@@ -435,6 +436,7 @@ def test_speed_is_written_beside_the_state(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "3", "4"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0], reason="only glibc has these settings")
 def test_freed_memory_stays_with_the_process() -> None:
     """Pages of a large tensor are not cleared again for the next one: counted as page faults, in a process apart."""

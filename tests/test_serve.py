@@ -447,6 +447,7 @@ def test_large_bodies_are_refused(bundle: Path) -> None:
         assert server.call("/health")[0] == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_frees_its_row(slow: Path) -> None:
     body = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "seed": 1}
     with serving(slow, "--rows", 1) as server:
@@ -533,6 +534,7 @@ def test_settings_that_leave_no_token_hurt_only_their_own_request(slow: Path) ->
         assert server.metric("requests_running") == 0
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_refuses_what_comes(slow: Path) -> None:
     with serving(slow) as server, ThreadPoolExecutor(2) as pool:
         body = {"prompt": "the", "max_tokens": 1500, "ignore_eos": True, "seed": 1}
@@ -552,6 +554,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(slow: Path) -> None:
         assert server.process.wait(60) == 143
 
 
+@pytest.mark.slow
 def test_a_second_signal_breaks_off(slow: Path) -> None:
     with serving(slow) as server:
         connection = server.connect()

@@ -120,6 +120,7 @@ DAMAGES |= {f"bit at {share}": flip(share) for share in (0.0, 0.01, 0.5, 1.0)}
 DAMAGES |= {"gone": Path.unlink, "another kind of JSON": lambda path: path.write_text("[1]")}  # type: ignore[dict-item]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "hashes.json"])
 @pytest.mark.parametrize("damage", list(DAMAGES))
 def test_a_damaged_state_falls_back_to_the_one_before(

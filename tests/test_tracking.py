@@ -116,6 +116,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_everything_that_was_logged_is_read_back(project: Path, tmp_path: Path) -> None:
     (tmp_path / "samples.md").write_text("Once upon a time\n")
     (tmp_path / "pictures").mkdir()
@@ -263,6 +264,7 @@ def test_how_a_run_ends(project: Path, error: BaseException, status: str) -> Non
         assert reopened.run_id == tracker.run_id
 
 
+@pytest.mark.slow
 def test_system_metrics_of_a_training_run(project: Path) -> None:
     os.environ["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "0.1"
     del os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"]
@@ -385,6 +387,7 @@ def test_turned_off(project: Path, tmp_path: Path) -> None:
     assert runs == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["a folder", "garbage", "a closed port", "a silent server", "a file store"])
 def test_a_broken_store_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str) -> None:
     database = tmp_path / "mlflow.db"

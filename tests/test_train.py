@@ -131,6 +131,7 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(runner: Runner, recipe: str)
     assert runner.states() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["adamw", "muon"])
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
 def test_a_crash_goes_on_from_the_last_state(runner: Runner, recipe: str, step: int) -> None:
@@ -248,6 +249,7 @@ def test_outs_of_a_training(runner: Runner, tmp_path: Path, tokenizer: Tokenizer
     assert len(next((runner.folder / "work").glob("*/speed.csv")).read_text().splitlines()) == 61
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(tmp_path: Path, runner: Runner, tokenizer: Tokenizer) -> None:
     config = RECIPES["muon"]
     write_project(tmp_path / "project", config, tokenizer)
