@@ -63,7 +63,7 @@ format: .venv/.installed  ## Format the code
 	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-bench/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
-bench: .venv-bench/.installed  ## Time decoding against llama.cpp on models/gpt and exports (compiles it once, some minutes)
+bench: .venv/.installed .venv-bench/.installed  ## Time decoding against llama.cpp, CTranslate2 and Transformers on models/gpt and exports
 	@.venv-bench/bin/python benchmarks/decode.py
 
 clean:  ## Remove what the pipeline and the tools wrote, but not the environment or the DVC cache

@@ -1,16 +1,19 @@
-"""Decoding speed on the CPU: our bundles against llama.cpp, the same weights, in one run.
+"""Decoding speed on the CPU: our bundles against other engines, the same weights, in one run.
 
-    python benchmarks/decode.py [MODEL] [EXPORTS] [--rounds 5] [--threads N] [--out reports/bench]
+    python benchmarks/decode.py [MODEL] [EXPORTS] [--tokens data/tokens] [--rounds 5] [--threads N] [--engines NAMES]
+                                [--work .smallgpt/bench] [--out reports/bench]
 
-MODEL is a model folder (models/gpt), EXPORTS the folder of its bundles (exports). Every round starts each engine and
-width in a process of its own, in alternating order; the tables hold medians over the rounds. Batches 8 and 32 are
-timed in the middle of a range of contexts, whose mean length is that of the range. A share of the memory limit above
-1 means that the weights came from the processor's cache.
+MODEL is a model folder (models/gpt), EXPORTS the folder of its bundles (exports), `tokens` a folder with test.bin for
+the bits per byte. Every round starts each engine and width in a process of its own, in alternating order; the tables
+hold medians over the rounds. A range of contexts is timed in its middle with larger batches. A share of the memory
+limit above 1 means that the weights came from the processor's cache. Transformers runs in the project's .venv.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -22,61 +25,107 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import engines
 import numpy as np
-from engines import Engine, LlamaCpp, Ours
-from gguf_file import write_gguf
 
 from smallgpt.cli import processors
 from smallgpt.files import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTHS = {"fp32": ("fp32", "F32"), "int8": ("int8", "Q8_0"), "int4": ("int4", "Q4_0")}  # ours, llama.cpp's
+# The engines by width of the weights, ours first; with each what it loads: a bundle, a GGUF type, a compute type.
+WIDTHS = {
+    "fp32": {"ours": "fp32", "llama.cpp": "F32", "CTranslate2": "float32", "Transformers": "float32"},
+    "int8": {"ours": "int8", "llama.cpp": "Q8_0", "CTranslate2": "int8"},
+    "int4": {"ours": "int4", "llama.cpp": "Q4_0"},
+    "16 bits": {"llama.cpp": "F16", "Transformers": "bfloat16"},
+}
+PACKAGES = {
+    "ours": "onnxruntime",
+    "llama.cpp": "llama_cpp",
+    "CTranslate2": "ctranslate2",
+    "Transformers": "transformers",
+}
 RANGES = {"16-416": (16, 416), "600-960": (600, 960)}
 TIMED = {1: 400, 8: 100, 32: 40}  # at most so many steps, by batch
 PROMPTS = (16, 512)
 CHECK_PROMPTS, CHECK_TOKENS = 5, 64
+SCORED = 4096  # tokens of the test split
 
 
-def open_engine(engine: str, width: str, exports: Path, work: Path, threads: int) -> Engine:
-    ours, theirs = WIDTHS[width]
-    return Ours(exports / ours, threads) if engine == "ours" else LlamaCpp(work / f"{theirs}.gguf", threads)
+def python(engine: str) -> str:
+    """The interpreter that has the engine's packages: this one, or that of the project's own environment."""
+    return sys.executable if importlib.util.find_spec(PACKAGES[engine]) else str(ROOT / ".venv/bin/python")
 
 
-def measure(model: Engine, ids: np.ndarray, context: int) -> dict[str, float]:
+def path_of(engine: str, kind: str, exports: Path, work: Path) -> Path:
+    """The file or folder that an engine loads."""
+    if engine == "ours":
+        return exports / kind
+    return work / (f"{kind}.gguf" if engine == "llama.cpp" else engine)
+
+
+def size_of(engine: str, kind: str, exports: Path, work: Path) -> int | None:
+    """Bytes of the weights on disk in their width; None where the engine only narrows them in memory."""
+    path = path_of(engine, kind, exports, work)
+    names = {"ours": "model.onnx", "CTranslate2": "model.bin", "Transformers": "model.safetensors"}
+    return None if kind in ("int8", "bfloat16") and engine != "ours" else (path / names.get(engine, "")).stat().st_size
+
+
+def open_engine(engine: str, kind: str, path: Path, threads: int) -> engines.Engine:
+    if engine == "ours":
+        return engines.Ours(path, threads)
+    if engine == "llama.cpp":
+        return engines.LlamaCpp(path, threads)
+    return getattr(engines, engine)(path, threads, kind)
+
+
+def write_models(model: Path, work: Path, names: set[str]) -> None:
+    """The weights in the format of every peer."""
+    work.mkdir(parents=True, exist_ok=True)
+    if "llama.cpp" in names:
+        from gguf_file import write_gguf
+
+        for kinds in WIDTHS.values():
+            write_gguf(model, work / f"{kinds['llama.cpp']}.gguf", kinds["llama.cpp"])
+    if "CTranslate2" in names:
+        from ct2_file import write_ct2
+
+        write_ct2(model, work / "CTranslate2")
+    if "Transformers" in names:
+        command = [python("Transformers"), "-m", "smallgpt.interop", model, "--out", work / "Transformers"]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+def measure(model: engines.Engine, ids: np.ndarray, context: int) -> dict[str, float]:
     """Seconds to the first token and tokens per second of one engine; contexts beyond the model's are left out."""
     result = {}
     for length in (n for n in PROMPTS if n < context):
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            model.prefill(ids[:length], 1, context).argmax()
-            times.append(time.perf_counter() - start)
+        times = [model.first_token(ids[:length], context) for _ in range(4)]
         result[f"first token, prompt {length}"] = statistics.median(times[1:])
     for batch, (name, (first, last)) in itertools.product(TIMED, RANGES.items()):
-        if last > context:
-            continue
-        steps = min(TIMED[batch], last - first)
-        start_length = (first + last - steps) // 2
-        tokens = np.full(batch, model.prefill(ids[:start_length], batch, last + 1).argmax())
-        model.step(tokens)  # binds, or plans, once
-        start = time.perf_counter()
-        for _ in range(steps):
-            tokens = model.step(tokens).argmax(-1)
-        result[f"batch {batch}, context {name}"] = batch * steps / (time.perf_counter() - start)
+        if last < context:
+            steps = min(TIMED[batch], last - first)
+            prompt = ids[: (first + last - steps) // 2]
+            result[f"batch {batch}, context {name}"] = batch * steps / model.decode(prompt, batch, steps, last + 1)
     result["peak memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
 
 
-def greedy(model: Engine, ids: np.ndarray, context: int) -> list[list[int]]:
+def greedy(model: engines.Engine, ids: np.ndarray, context: int) -> list[list[int]]:
     """Texts that start at several places of `ids`."""
-    texts = []
-    for start in range(0, CHECK_PROMPTS * 16, 16):
-        token = int(model.prefill(ids[start : start + 16], 1, context).argmax())
-        text = [token]
-        while len(text) < CHECK_TOKENS:
-            text.append(int(model.step(np.array(text[-1:]))[0].argmax()))
-        texts.append(text)
-    return texts
+    return [model.text(ids[i : i + 16], CHECK_TOKENS, context) for i in range(0, CHECK_PROMPTS * 16, 16)]
+
+
+def nats(model: engines.Engine, ids: np.ndarray, context: int) -> float:
+    """Sum of the negative log-probabilities of all ids but the first of each window of the context."""
+    total = 0.0
+    for start in range(0, len(ids) - 1, context):
+        window = ids[start : start + context + 1].astype(np.int64)
+        logits = model.logits(window[:-1]).astype(np.float64)
+        peak = logits.max(-1)
+        chosen = logits[np.arange(len(logits)), window[1:]]
+        total += float((peak + np.log(np.exp(logits - peak[:, None]).sum(-1)) - chosen).sum())
+    return total
 
 
 def bandwidth(threads: int) -> float:
@@ -103,16 +152,16 @@ def worker(task: str, *arguments: str) -> object:
     """What one process of the run does; the arguments are those of `start`."""
     if task == "bandwidth":
         return bandwidth(int(arguments[0]))
-    engine, width, exports, work, threads, ids, context = arguments
-    model = open_engine(engine, width, Path(exports), Path(work), int(threads))
-    function = {"measure": measure, "greedy": greedy}[task]
-    return function(model, np.load(ids), int(context))
+    engine, kind, path, threads, ids, context = arguments
+    model = open_engine(engine, kind, Path(path), int(threads))
+    return {"measure": measure, "greedy": greedy, "nats": nats}[task](model, np.load(ids), int(context))
 
 
-def start(*arguments: object) -> Any:
+def start(task: str, *arguments: object) -> Any:
     """Run `worker` in a new process; BLAS gets one thread, the engines have their own."""
-    command = [sys.executable, __file__, "--worker", *map(str, arguments)]
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    interpreter = sys.executable if task == "bandwidth" else python(str(arguments[0]))
+    command = [interpreter, __file__, "--worker", task, *map(str, arguments)]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 
@@ -124,89 +173,114 @@ def machine(threads: int) -> dict[str, object]:
     return {"processor": names[0], "cores": os.cpu_count(), "threads": threads, "system": platform.system()}
 
 
-def run(model: Path, exports: Path, rounds: int, threads: int, out: Path) -> None:
-    work = ROOT / ".smallgpt" / "bench"
-    work.mkdir(parents=True, exist_ok=True)
+def run(
+    model: Path, exports: Path, tokens: Path, rounds: int, threads: int, names: set[str], work: Path, out: Path
+) -> None:
+    write_models(model, work, names)
     config = json.loads((model / "config.json").read_text())["model"]
-    context, ids = config["max_seq_len"], work / "ids.npy"
-    np.save(ids, np.random.default_rng(0).integers(260, config["vocab_size"], context))
-    for _, kind in WIDTHS.values():
-        write_gguf(model, work / f"{kind}.gguf", kind)
-    common = (exports, work, threads, ids, context)
-    texts = [start("greedy", engine, "fp32", *common) for engine in ("ours", "llama.cpp")]
-    same = sum(one == other for one, other in zip(*texts, strict=True))
+    context, random, text = config["max_seq_len"], work / "random.npy", work / "text.npy"
+    np.save(random, np.random.default_rng(0).integers(260, config["vocab_size"], context))
+    kind = json.loads((tokens / "test.json").read_text())["dtype"]
+    scored = np.fromfile(tokens / "test.bin", kind)[: SCORED + 1]
+    np.save(text, scored)
+    pairs = [(width, engine) for width, kinds in WIDTHS.items() for engine in kinds if engine in names]
+    loaded = {(w, e): (e, WIDTHS[w][e], path_of(e, WIDTHS[w][e], exports, work), threads) for w, e in pairs}
+    texts = {
+        engine: start("greedy", *loaded[width, engine], random, context) for width, engine in pairs if width == "fp32"
+    }
+    same = {e: sum(a == b for a, b in zip(texts["ours"], t, strict=True)) for e, t in texts.items() if e != "ours"}
+    size = len(text_of(scored[1:], exports / "fp32"))
+    bits = {pair: start("nats", *loaded[pair], text, context) / math.log(2) / size for pair in pairs}
     speed = start("bandwidth", threads)
-    cells: dict[str, dict[str, list[float]]] = {}
+    found: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
     cold = []
     for number in range(rounds):
-        pairs = list(itertools.product(WIDTHS, ("ours", "llama.cpp")))
-        for width, engine in pairs if number % 2 == 0 else reversed(pairs):
-            for row, value in start("measure", engine, width, *common).items():
-                cells.setdefault(row, {}).setdefault(f"{engine} {width}", []).append(value)
+        for pair in pairs if number % 2 == 0 else reversed(pairs):
+            for row, value in start("measure", *loaded[pair], random, context).items():
+                found[pair].setdefault(row, []).append(value)
         cold.append(cold_start(exports / "int8"))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    files = {f"ours {width}": exports / ours / "model.onnx" for width, (ours, _) in WIDTHS.items()}
-    files |= {f"llama.cpp {width}": work / f"{kind}.gguf" for width, (_, kind) in WIDTHS.items()}
-    report = {
+    report: dict[str, Any] = {
         "machine": machine(threads),
         "model": config,
-        "versions": {name: _version(name) for name in ("onnxruntime", "llama_cpp", "numpy")},
+        "versions": {name: _version(python(engine), name) for engine, name in PACKAGES.items() if engine in names},
         "rounds": rounds,
-        "greedy texts that are equal": f"{same} of {CHECK_PROMPTS}",
+        "greedy fp32 texts equal to ours": {engine: f"{count} of {CHECK_PROMPTS}" for engine, count in same.items()},
         "memory bytes per second": speed,
         "cold start of int8, seconds": statistics.median(cold),
-        "file bytes": {name: path.stat().st_size for name, path in files.items()},
-        "median": {row: {name: statistics.median(v) for name, v in cell.items()} for row, cell in cells.items()},
-        "all": cells,
+        "median": {},
+        "all": {},
     }
+    for (width, engine), rows in found.items():
+        cell = {row: statistics.median(values) for row, values in rows.items()}
+        cell |= {
+            "file size": size_of(engine, WIDTHS[width][engine], exports, work),
+            "bits per byte": bits[width, engine],
+        }
+        report["median"].setdefault(width, {})[engine] = cell
+        report["all"].setdefault(width, {})[engine] = rows
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "decode.json", report)
     write_atomic(out / "decode.md", to_markdown(report))
     print(to_markdown(report))
 
 
-def to_markdown(report: dict) -> str:
-    """The medians, with the ratio to llama.cpp and the share of the memory limit at batch 1."""
+def text_of(ids: np.ndarray, bundle: Path) -> bytes:
+    """The text of ids; an end of a text has none."""
+    from smallgpt.tokenizer import Tokenizer
+
+    token_bytes = Tokenizer.load(bundle).token_bytes
+    return b"".join(token_bytes[i] for i in ids.tolist())
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """A table for each width, with the ratio to the best peer, and the share of the memory limit at batch 1."""
     shape, machine = report["model"], report["machine"]
+    same = ", ".join(f"{engine} {count}" for engine, count in report["greedy fp32 texts equal to ours"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"{shape['architecture']}, {shape['num_layers']} layers of {shape['embed_dim']}, vocabulary "
-        f"{shape['vocab_size']}, on {machine['processor']}, {machine['threads']} threads; medians of "
-        f"{report['rounds']} rounds; tokens/s unless said. Memory reads {report['memory bytes per second'] / 1e9:.1f} "
-        f"GB/s. Equal greedy fp32 texts: {report['greedy texts that are equal']}. "
+        f"{shape['vocab_size']}, context {shape['max_seq_len']}, on {machine['processor']}, {machine['threads']} "
+        f"threads; medians of {report['rounds']} rounds, tokens/s unless said; {versions}. Memory reads "
+        f"{report['memory bytes per second'] / 1e9:.1f} GB/s. Greedy fp32 texts equal to ours: {same}. "
         f"Cold start of int8: {report['cold start of int8, seconds']:.2f} s.",
-        "",
-        "| | " + " | ".join(f"{width} ours | llama.cpp | ratio" for width in WIDTHS) + " |",
-        "|---" * (1 + 3 * len(WIDTHS)) + "|",
     ]
-    rows = report["median"] | {"file size": report["file bytes"]}
-    for row, cell in rows.items():
-        parts = []
-        for width in WIDTHS:
-            ours, theirs = cell[f"ours {width}"], cell[f"llama.cpp {width}"]
-            faster = theirs / ours if row.startswith(("first", "peak", "file")) else ours / theirs
-            parts += [_shown(row, ours), _shown(row, theirs), f"{faster:.2f}"]
-        lines.append(f"| {row} | " + " | ".join(parts) + " |")
+    for width, cells in report["median"].items():
+        peers = [engine for engine in cells if engine != "ours"]
+        compared = "ours" in cells and bool(peers)
+        lines += ["", f"| {width} | " + " | ".join(cells) + (" | ours to the best |" if compared else " |")]
+        lines += ["|---" + "|---:" * (len(cells) + compared) + "|"]
+        for row in next(iter(cells.values())):
+            values = {engine: cell[row] for engine, cell in cells.items()}
+            parts = [_shown(row, value) for value in values.values()]
+            known = [values[peer] for peer in peers if values[peer] is not None]
+            if compared:
+                less = row.startswith(("first", "peak", "file"))
+                ratio = min(known, default=0) / values["ours"] if less else values["ours"] / max(known)
+                parts.append("" if row == "bits per byte" or not known else f"{ratio:.2f}")
+            lines.append(f"| {row} | " + " | ".join(parts) + " |")
     name = "batch 1, context 16-416"
-    if name in report["median"]:
-        shares = {
-            width: report["median"][name][f"ours {width}"]
-            * report["file bytes"][f"ours {width}"]
-            / report["memory bytes per second"]
-            for width in WIDTHS
-        }
-        text = ", ".join(f"{width} {share:.0%}" for width, share in shares.items())
-        lines += ["", f"Share of the memory limit (tokens/s times file size over bandwidth) at {name}: {text}."]
+    ours = {width: cells["ours"] for width, cells in report["median"].items() if name in cells.get("ours", {})}
+    if ours:
+        speed = report["memory bytes per second"]
+        text = ", ".join(f"{width} {cell[name] * cell['file size'] / speed:.0%}" for width, cell in ours.items())
+        lines += ["", f"Ours at {name}, share of the memory limit (file size over bandwidth): {text}."]
     return "\n".join(lines) + "\n"
 
 
-def _shown(row: str, value: float) -> str:
+def _shown(row: str, value: float | None) -> str:
+    if value is None:
+        return ""
     if row.startswith("first"):
         return f"{value * 1000:.1f} ms"
-    return f"{value / 1e6:.1f} MB" if row.startswith(("peak", "file")) else f"{value:.0f}"
+    if row.startswith("bits"):
+        return f"{value:.4f}"
+    return f"{value / 1e6:.1f} MB" if row.startswith(("peak", "file")) else f"{value:,.0f}"
 
 
-def _version(name: str) -> str:
-    return str(__import__(name).__version__)
+def _version(interpreter: str, name: str) -> str:
+    code = f"import {name} as p; print(getattr(p, '__version__', ''))"
+    return subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
@@ -216,8 +290,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=Path("models/gpt"))
     parser.add_argument("exports", nargs="?", type=Path, default=Path("exports"))
+    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--engines", default=",".join(PACKAGES), help=f"of {', '.join(PACKAGES)}; ours is always in")
+    parser.add_argument("--work", type=Path, default=ROOT / ".smallgpt" / "bench", help="for the peers' files")
     parser.add_argument("--out", type=Path, default=Path("reports/bench"))
     options = parser.parse_args()
-    run(options.model.resolve(), options.exports.resolve(), options.rounds, options.threads, options.out)
+    chosen = {"ours", *options.engines.split(",")}
+    if chosen - set(PACKAGES):
+        parser.error(f"--engines names {', '.join(sorted(chosen - set(PACKAGES)))}; known are {', '.join(PACKAGES)}")
+    paths = (options.model.resolve(), options.exports.resolve(), options.tokens.resolve())
+    run(*paths, options.rounds, options.threads, chosen, options.work.resolve(), options.out)

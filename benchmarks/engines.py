@@ -1,23 +1,66 @@
-"""What the benchmark drives: each engine feeds prompts, copies them to a batch, and steps."""
+"""What the benchmark drives: every engine feeds a prompt, copies it to a batch, and decodes greedily."""
 
 import ctypes
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 
-class Engine(Protocol):
-    """B sequences at work. The logits are overwritten by the next call."""
+class Engine:
+    """One engine with its model loaded. Prompts are arrays of ids (S,); nothing ends a text before its length."""
+
+    def first_token(self, ids: np.ndarray, capacity: int) -> float:
+        """Seconds from a prompt to the first id after it."""
+        raise NotImplementedError
+
+    def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
+        """Seconds of `steps` tokens for each of `batch` sequences, after a prompt and the first token."""
+        raise NotImplementedError
+
+    def text(self, ids: np.ndarray, count: int, capacity: int) -> list[int]:
+        """The first `count` ids after a prompt."""
+        raise NotImplementedError
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """The logits after every token of a text, (S, V)."""
+        raise NotImplementedError
+
+
+class Stepping(Engine):
+    """An engine that hands out logits: the benchmark takes the largest itself."""
 
     def prefill(self, ids: np.ndarray, batch: int, capacity: int) -> np.ndarray:
-        """Drop what was there, feed one prompt (S,) and copy its cache to `batch` sequences; its logits (V,)."""
+        """Drop what was there, feed one prompt and copy its cache to `batch` sequences; its logits (V,)."""
+        raise NotImplementedError
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Add a token to each sequence, (B,); the logits after it (B, V)."""
+        """Add a token to each sequence, (B,); the logits after it (B, V), until the next call."""
+        raise NotImplementedError
+
+    def first_token(self, ids: np.ndarray, capacity: int) -> float:
+        start = time.perf_counter()
+        self.prefill(ids, 1, capacity).argmax()
+        return time.perf_counter() - start
+
+    def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
+        tokens = np.full(batch, self.prefill(ids, batch, capacity).argmax())
+        tokens = self.step(tokens).argmax(-1)  # binds, or plans, once
+        start = time.perf_counter()
+        for _ in range(steps):
+            tokens = self.step(tokens).argmax(-1)
+        return time.perf_counter() - start
+
+    def text(self, ids: np.ndarray, count: int, capacity: int) -> list[int]:
+        text = [int(self.prefill(ids, 1, capacity).argmax())]
+        while len(text) < count:
+            text.append(int(self.step(np.array(text[-1:]))[0].argmax()))
+        return text
 
 
-class Ours:
+class Ours(Stepping):
     """This project's runtime."""
 
     def __init__(self, bundle: Path, threads: int) -> None:
@@ -35,8 +78,11 @@ class Ours:
     def step(self, tokens: np.ndarray) -> np.ndarray:
         return self.model.step(tokens)
 
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        return self.model.logits(ids)
 
-class LlamaCpp:
+
+class LlamaCpp(Stepping):
     """llama.cpp through its C interface. Every sequence has a cache of its own, which is its faster mode here."""
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -53,16 +99,18 @@ class LlamaCpp:
 
     def prefill(self, ids: np.ndarray, batch: int, capacity: int) -> np.ndarray:
         lib, tokens = self.lib, len(ids)
-        if self.shape != (batch, capacity):
-            self._open(batch, capacity)
-        memory = lib.llama_get_memory(self.context)
-        lib.llama_memory_clear(memory, True)
+        memory = self._start(batch, capacity)
         self._feed(ids, np.arange(tokens), np.zeros(tokens, np.int32), [tokens - 1])
         logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(self.context, tokens - 1), (self.vocab_size,))
         for row in range(1, batch):
             lib.llama_memory_seq_cp(memory, 0, row, -1, -1)
         self.position = tokens
         return logits
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        self._start(1, len(ids))
+        self._feed(ids, np.arange(len(ids)), np.zeros(len(ids), np.int32), slice(None))
+        return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (len(ids), self.vocab_size))
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         batch = len(tokens)
@@ -71,8 +119,12 @@ class LlamaCpp:
         logits = self.lib.llama_get_logits(self.context)
         return np.ctypeslib.as_array(logits, (batch, self.vocab_size))
 
-    def _open(self, batch: int, capacity: int) -> None:
+    def _start(self, batch: int, capacity: int) -> Any:
         lib = self.lib
+        if self.shape == (batch, capacity):
+            memory = lib.llama_get_memory(self.context)
+            lib.llama_memory_clear(memory, True)
+            return memory
         if self.context:
             lib.llama_free(self.context)
         settings = lib.llama_context_default_params()
@@ -87,6 +139,7 @@ class LlamaCpp:
         view(self.batch.n_seq_id, (2048,))[:] = 1
         self.rows, self.last = np.arange(batch, dtype=np.int32), np.full(2048, -1, np.int32)
         self.shape = (batch, capacity)
+        return lib.llama_get_memory(self.context)
 
     def _feed(self, ids: np.ndarray, positions: np.ndarray | int, rows: np.ndarray, wanted: list[int] | slice) -> None:
         count = len(ids)
@@ -100,3 +153,74 @@ class LlamaCpp:
             self.last[:count] = rows
         if self.lib.llama_decode(self.context, self.batch) != 0:
             raise RuntimeError("llama_decode failed")
+
+
+class Generating(Engine):
+    """An engine that decodes by itself: what a step takes is the difference of a long and a short generation."""
+
+    def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
+        """The first `count` ids after a prompt, for one of `batch` equal sequences."""
+        raise NotImplementedError
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def first_token(self, ids: np.ndarray, capacity: int) -> float:
+        return self.seconds(lambda: self.generate(ids, 1, 1))
+
+    def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
+        self.generate(ids, batch, 2)
+        short = self.seconds(lambda: self.generate(ids, batch, 1))
+        return self.seconds(lambda: self.generate(ids, batch, 1 + steps)) - short
+
+    def text(self, ids: np.ndarray, count: int, capacity: int) -> list[int]:
+        return self.generate(ids, 1, count)
+
+
+class CTranslate2(Generating):
+    """CTranslate2's generator; `kind` is its compute type."""
+
+    def __init__(self, folder: Path, threads: int, kind: str) -> None:
+        import ctranslate2
+
+        self.model = ctranslate2.Generator(str(folder), compute_type=kind, intra_threads=threads, inter_threads=1)
+
+    def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
+        prompts = [self.names(ids)] * batch
+        result = self.model.generate_batch(
+            prompts, max_length=count, min_length=count, sampling_topk=1, include_prompt_in_result=False, end_token=[]
+        )
+        return [int(i) for i in result[0].sequences_ids[0]]
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        return np.array(self.model.forward_batch([self.names(ids)]))[0]
+
+    @staticmethod
+    def names(ids: np.ndarray) -> list[str]:
+        """Ids as the tokens of the stand-in vocabulary."""
+        return [f"token{i}" for i in ids.tolist()]
+
+
+class Transformers(Generating):
+    """Transformers' generate with a cache of fixed size; `kind` is the precision."""
+
+    def __init__(self, folder: Path, threads: int, kind: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).eval()
+
+    def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
+        prompts = self.torch.from_numpy(np.tile(ids, (batch, 1)))
+        settings: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        mask = self.torch.ones_like(prompts)
+        out = self.model.generate(prompts, attention_mask=mask, eos_token_id=None, pad_token_id=0, **settings)
+        return [int(i) for i in out[0, len(ids) :].tolist()]
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        return self.model(self.torch.from_numpy(ids)[None]).logits[0].float().numpy()
