@@ -2,7 +2,7 @@
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,12 @@ class Stepping(Engine):
 
 
 class Ours(Stepping):
-    """This project's runtime."""
+    """This project's runtime, with configuration entries for its session."""
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, threads: int, session: Sequence[tuple[str, str]] = ()) -> None:
         from smallgpt.runtime import OrtGPT
 
-        self.model = OrtGPT(bundle, device="cpu", threads=threads, verify=False)
+        self.model = OrtGPT(bundle, device="cpu", threads=threads, verify=False, session=session)
 
     def prefill(self, ids: np.ndarray, batch: int, capacity: int) -> np.ndarray:
         self.model.reserve(batch, capacity)

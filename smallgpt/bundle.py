@@ -26,7 +26,7 @@ class BundleConfig:
 
     variant: str
     devices: list[str]  # the devices the graph has kernels for, of "cpu" and "cuda"
-    dtype: str  # of the cache: "float32" or "float16"
+    dtype: str  # of the cache: "float32", "float16" or "int8"
     model: dict[str, Any]  # architecture, vocab_size, max_seq_len, num_layers, num_kv_heads, head_dim, ...
     ids: dict[str, int]  # pad, unk, bos, eos
     inputs: list[str]

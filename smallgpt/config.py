@@ -38,6 +38,7 @@ Positive = Annotated[Real, Field(gt=0)]
 NonNegative = Annotated[Real, Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+VariantName = Literal["fp32", "int8", "int8-kv8", "int4", "int4-kv8", "fp16"]
 
 
 class Section(BaseModel):
@@ -159,12 +160,7 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     """Which bundles are written and on how much text they are certified."""
 
-    variants: Annotated[list[Literal["fp32", "int8", "int4", "fp16"]], Field(min_length=1)] = [
-        "fp32",
-        "int8",
-        "int4",
-        "fp16",
-    ]
+    variants: Annotated[list[VariantName], Field(min_length=1)] = ["fp32", "int8", "int8-kv8", "int4", "fp16"]
     certificate_tokens: Annotated[int, Field(ge=100)] = 20_000
     threads: Annotated[int, Field(ge=0)] = 0
 

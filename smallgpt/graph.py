@@ -9,6 +9,7 @@ Shapes: B sequences, S new tokens each, D = embed_dim, V = vocab_size, M = capac
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def build_graph(
     *,
     dtype: str,
     rope: tuple[np.ndarray, np.ndarray] | None,
+    cache_scales: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> ModelProto:
     """Build the graph of one model.
 
@@ -92,6 +94,8 @@ def build_graph(
             embeddings included, may be quantised where dtype is "float32".
         dtype: "float32" or "float16": weights that are not quantised, activations and cache.
         rope: for llama the cosines and sines (max_seq_len, head_dim / 2), else None.
+        cache_scales: for a cache in int8 the steps between its levels, of keys and values (kv_heads, head_dim) for
+            each layer.
 
     Raises:
         ValueError: GroupQueryAttention has no kernel for heads of this width.
@@ -107,6 +111,11 @@ def build_graph(
     if rope is not None:
         graph.weight("rope.cos", rope[0])
         graph.weight("rope.sin", rope[1])
+
+    # Queries are stored with the scores' factor, 1 / sqrt(head_dim), in them: products without one are faster.
+    weights = dict(weights)
+    for name in [name for name in weights if ".attn.qkv." in name]:
+        weights[name] = _scaled(weights[name], config.num_heads * config.head_dim, config.head_dim**-0.5)
 
     def vector(name: str) -> str:
         array = weights[name]
@@ -137,15 +146,16 @@ def build_graph(
         qkv = matmul(x, f"{layer}.attn.qkv", f"{layer}.attn.qkv.bias" if gpt2 else "")  # (B, S, (H + 2 KV) * head_dim)
         past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
         present = [f"present.{index}.{kind}" for kind in ("key", "value")]
-        graph.add(
-            "GroupQueryAttention",
-            [qkv, "", "", *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])],
-            *(f"{layer}.attn", *present),
-            domain=CONTRIB,
-            num_heads=config.num_heads,
-            kv_num_heads=config.kv_heads,
-            do_rotary=int(rope is not None),
-        )
+        inputs = [qkv, "", "", *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
+        heads: dict[str, Any] = {"num_heads": config.num_heads, "kv_num_heads": config.kv_heads}
+        if cache_scales:
+            scales = zip(("k_scale", "v_scale"), cache_scales[index], strict=True)
+            inputs += [""] * (12 - len(inputs)) + [
+                graph.constant(f"{layer}.attn.{key}", array) for key, array in scales
+            ]
+            heads |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        heads |= {"do_rotary": int(rope is not None), "scale": 1.0}
+        graph.add("GroupQueryAttention", inputs, f"{layer}.attn", *present, domain=CONTRIB, **heads)
         return matmul(f"{layer}.attn", f"{layer}.attn.proj")  # (B, S, D)
 
     def mlp(x: str, layer: str) -> str:
@@ -180,12 +190,19 @@ def build_graph(
         logits = graph.add("Gemm", [x, "wte.weight"], "head" if half else "logits", transB=1)  # (N, V)
         if half:
             graph.add("Cast", [logits], "logits", to=TensorProto.FLOAT)
-    return _model(graph, config)
+    return _model(graph, config, np.dtype("int8") if cache_scales else graph.dtype)
 
 
-def _model(graph: _Builder, config: ModelConfig) -> ModelProto:
+def _scaled(weight: np.ndarray | Quantized, rows: int, factor: float) -> np.ndarray | Quantized:
+    """A copy with the first rows times a factor; of a quantised matrix, their scales."""
+    array = (weight.scales if isinstance(weight, Quantized) else weight).copy()
+    array[:rows] *= factor
+    return replace(weight, scales=array) if isinstance(weight, Quantized) else array
+
+
+def _model(graph: _Builder, config: ModelConfig, cache_dtype: np.dtype) -> ModelProto:
     """Put inputs and outputs around the nodes. Opset 21 and IR 10 are the newest that ONNX Runtime 1.28 reads."""
-    kind = helper.np_dtype_to_tensor_dtype(graph.dtype)
+    kind = helper.np_dtype_to_tensor_dtype(cache_dtype)
     value = helper.make_tensor_value_info
     cache = ["batch", config.kv_heads, "capacity", config.head_dim]
     names = [f"{i}.{part}" for i in range(config.num_layers) for part in ("key", "value")]

@@ -20,9 +20,10 @@ from smallgpt.bundle import load_bundle
 from smallgpt.files import write_atomic
 from smallgpt.generation import Batch, Finish, Piece, check_prompt
 from smallgpt.options import json_fields, parse, read_prompts, read_text, settings
-from smallgpt.runtime import OrtGPT, check_golden, missing_for_cuda
+from smallgpt.runtime import OrtGPT, check_golden
 from smallgpt.sampling import GenerationConfig
 from smallgpt.score import count_words, score_with, summarize
+from smallgpt.session import missing_for_cuda
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,13 +7,8 @@ past are possible for a single sequence only (GroupQueryAttention's rule).
 """
 
 import base64
-import contextlib
 import copy
-import ctypes
-import io
-import logging
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,11 +18,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from smallgpt.bundle import CERTIFICATE, Bundle, load_bundle
-from smallgpt.cli import DeviceError, MismatchError, processors
+from smallgpt.bundle import CERTIFICATE, load_bundle
+from smallgpt.cli import MismatchError
+from smallgpt.session import SCORES_BYTES, open_session, scores_bytes
 from smallgpt.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 CALLS = 64  # shapes of calls whose arrays are kept
 
@@ -69,7 +63,7 @@ class OrtGPT:
         self.bundle = load_bundle(bundle, verify=verify)
         kind, _, number = device.partition(":")
         self.device_number = int(number or 0)
-        self.session, self.device = _open_session(self.bundle, kind, self.device_number, threads, session)
+        self.session, self.device = open_session(self.bundle, kind, self.device_number, threads, session)
         self.tokenizer = Tokenizer.load(self.bundle.tokenizer)
         self.max_seq_len: int = self.bundle.config.model["max_seq_len"]
         self.vocab_size: int = self.bundle.config.model["vocab_size"]
@@ -79,7 +73,7 @@ class OrtGPT:
         self.lengths = np.zeros(0, np.int64)  # (R,) tokens in the cache of each row
         self.capacity = 0
         self._cache: list[Any] = []  # OrtValues (R, kv_heads, capacity, head_dim): keys and values of every layer
-        self._block = np.zeros(0)  # on the CPU the memory of all of them, one more dimension in front
+        self._block: np.ndarray = np.zeros(0)  # on the CPU the memory of all of them, one more dimension in front
         self._calls: dict[tuple[int, int, int, int], _Call] = {}
 
     def fork(self) -> "OrtGPT":
@@ -123,6 +117,11 @@ class OrtGPT:
         if lengths.min() < 1 or lengths.max() > tokens:
             raise ValueError(f"lengths are {lengths.tolist()}; each must be between 1 and {tokens}")
         self.lengths[first : first + batch] = 0
+        # In even parts, because quantised rows are multiplied in pairs.
+        room = max(2, SCORES_BYTES // (scores_bytes(self.bundle, self.capacity) * tokens) // 2 * 2)
+        if batch > room:
+            parts = [slice(i, i + room) for i in range(0, batch, room)]
+            return np.concatenate([self.fill(first + part.start, ids[part], lengths[part]) for part in parts])
         return self._run(first, ids, lengths, np.arange(batch) * tokens + lengths - 1)
 
     def extend(self, row: int, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -168,7 +167,8 @@ class OrtGPT:
         self.lengths[moved] = self.lengths[rows]
         longest = int(self.lengths[moved].max())
         if self.device == "cpu":
-            self._block[:, moved, :, :longest] = self._block[:, rows, :, :longest]
+            for part in self._block:  # one after the other: what is copied is held twice
+                part[moved, :, :longest] = part[rows, :, :longest]
             return
         for value in self._cache:
             array = value.numpy()
@@ -271,63 +271,3 @@ def check_golden(model: OrtGPT) -> tuple[int, float]:
                 f"this machine's {model.device} does not compute what was certified"
             )
     return len(certificate["golden"]), largest
-
-
-def _open_session(
-    bundle: Bundle, device: str, number: int, threads: int, entries: Sequence[tuple[str, str]]
-) -> tuple[Any, str]:
-    """Open the graph on a device, and say on which one it really is."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; it must be auto, cpu or cuda")
-    if threads < 0:
-        raise ValueError(f"threads is {threads}; it must be at least 0")
-    devices, variant = bundle.config.devices, bundle.config.variant
-    if device == "cuda" and "cuda" not in devices:
-        raise DeviceError(f"{bundle.folder} is a {variant} bundle for {', '.join(devices)}; take exports/fp16 for cuda")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or min(8, processors())
-    options.inter_op_num_threads = 1
-    for key, value in entries:
-        options.add_session_config_entry(key, value)
-    options.log_severity_level = 4  # what goes wrong arrives as an exception or is asked for below
-    if "cuda" in devices and device != "cpu":
-        problem = missing_for_cuda()
-        if not problem:
-            cuda = ("CUDAExecutionProvider", {"device_id": number})
-            session = _load(bundle, options, [cuda, "CPUExecutionProvider"])
-            if "CUDAExecutionProvider" in session.get_providers():
-                return session, "cuda"
-            problem = "onnxruntime could not start its CUDA provider on this GPU"
-        if device == "cuda":
-            raise DeviceError(f"cuda cannot be used: {problem}")
-        log.warning("warning: no GPU (%s): this %s bundle runs on the CPU, where fp32 is faster", problem, variant)
-    return _load(bundle, options, ["CPUExecutionProvider"]), "cpu"
-
-
-def _load(bundle: Bundle, options: Any, providers: Sequence[Any]) -> Any:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints when a provider fails, which is checked instead
-            return onnxruntime.InferenceSession(bundle.graph, options, providers=providers)
-    except Exception as error:  # its errors share no other base class
-        raise MismatchError(f"{bundle.graph} cannot be loaded: {' '.join(str(error).split())}") from None
-
-
-def missing_for_cuda() -> str:
-    """What keeps ONNX Runtime from using a GPU, in words; empty if nothing is known to."""
-    windows = sys.platform == "win32"
-    driver = "nvcuda.dll" if windows else "libcuda.so.1"
-    provider = "onnxruntime_providers_cuda.dll" if windows else "libonnxruntime_providers_cuda.so"
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return "this onnxruntime is built without CUDA; install onnxruntime-gpu in its place"
-    try:
-        ctypes.CDLL(driver)
-    except OSError:
-        return f"{driver} is missing; install the NVIDIA driver"
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find; the first such is named below
-        onnxruntime.preload_dlls(directory="")
-    try:
-        ctypes.CDLL(str(Path(onnxruntime.__file__).with_name("capi") / provider))
-    except OSError as error:
-        if "undefined symbol" not in str(error):  # all libraries are there; the rest comes with the session
-            return f"{str(error).split(':')[0]} is missing; pip install 'smallgpt[cuda]'"
-    return ""

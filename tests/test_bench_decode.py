@@ -15,7 +15,7 @@ SHAPE = {"embed_dim": 64, "num_heads": 2, "max_seq_len": 424}
 @pytest.mark.slow
 def test_report_and_table(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    exports = tiny.write_bundles(tmp_path, tiny.random_model(**SHAPE), ["fp32", "int8", "int4"])
+    exports = tiny.write_bundles(tmp_path, tiny.random_model(**SHAPE), ["fp32", "int8", "int8-kv8", "int4"])
     command = [sys.executable, str(ROOT / "benchmarks/decode.py"), str(tmp_path / "model"), str(exports)]
     command += ["--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     command += ["--engines", "Transformers", "--rounds", "1", "--threads", "1"]
@@ -26,6 +26,8 @@ def test_report_and_table(tmp_path: Path) -> None:
     fp32, half = report["median"]["fp32"], report["median"]["16 bits"]
     assert list(fp32) == ["ours", "Transformers"]
     assert list(half) == ["Transformers"]
+    assert list(report["median"]["int8"]) == ["ours", "ours, int8 cache"]
+    assert list(report["median"]["int4"]) == ["ours"]
     assert fp32["ours"]["bits per byte"] == pytest.approx(fp32["Transformers"]["bits per byte"], rel=1e-5)
     assert half["Transformers"]["bits per byte"] == pytest.approx(fp32["ours"]["bits per byte"], rel=0.05)
     rows = ["first token, prompt 16", *(f"batch {batch}, context 16-416" for batch in (1, 8, 32)), "peak memory"]
@@ -45,4 +47,4 @@ def test_engines_that_nobody_knows() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/decode.py"), "--engines", "vLLM"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--engines names vLLM; known are ours, llama.cpp, CTranslate2, Transformers" in done.stderr
+    assert "--engines names vLLM; known are llama.cpp, CTranslate2, Transformers" in done.stderr

@@ -38,7 +38,7 @@ CONTEXT = 64
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SmallGPT, Path]:
     """A model of each kind and the folder of its bundles."""
     model = tiny.random_model(**MODELS[request.param])
-    return model, tiny.write_bundles(tmp_path_factory.mktemp(request.param), model, ["fp32", "int8", "int4", "fp16"])
+    return model, tiny.write_bundles(tmp_path_factory.mktemp(request.param), model, list(VARIANTS))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,33 @@ def test_quantised_graphs_compute_with_the_dequantised_weights(
     for step in range(3):
         logits = served.step(rows[np.arange(3), lengths + step])
         np.testing.assert_allclose(logits, expected[np.arange(3), lengths + step], rtol=0, atol=1e-4)
+
+
+def test_an_int8_cache_holds_the_rounded_keys_and_values(pair) -> None:
+    model, bundles = pair
+    served = OrtGPT(bundles / "int8-kv8", device="cpu", threads=1)
+    assert served.bundle.config.dtype == "int8"
+    ids = np.fromfile(bundles.parent / "tokens" / "train.bin", np.uint16).astype(np.int64)
+    with torch.inference_mode():
+        caches = [model(torch.from_numpy(ids[None, i : i + CONTEXT]))[1] for i in range(0, len(ids), CONTEXT)]
+    graph = onnx.load(bundles / "int8-kv8" / "model.onnx").graph
+    scales = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    served.prefill(ids[None, : CONTEXT - 1])
+    served.step(ids[CONTEXT - 1 : CONTEXT])
+    for layer in range(2):
+        for kind, name in enumerate(("k_scale", "v_scale")):
+            scale = scales[f"h.{layer}.attn.{name}"]
+            largest = torch.stack([cache[layer][kind][0].abs().amax(1) for cache in caches]).amax(0)
+            np.testing.assert_allclose(scale * 127, 1.5 * largest, rtol=1e-5)
+            found = served._block[2 * layer + kind, 0] * scale[:, None]
+            expected = caches[0][layer][kind][0].numpy()
+            # Half a level, and what weights and inputs in 8 bits add.
+            assert np.abs(found - expected).max() < 0.5 * scale.max() + 0.05 * np.abs(expected).max()
+            assert np.abs(served._block[2 * layer + kind]).max() > 40
+    plain = OrtGPT(bundles / "int8", device="cpu", threads=1)
+    rows = random_ids(CONTEXT)
+    error, base = (np.abs(one.logits(rows) - torch_logits(model, rows[None])[0]).mean() for one in (served, plain))
+    assert base * 0.8 < error < base * 1.5
 
 
 def test_second_moments_are_those_of_the_layers_inputs() -> None:
@@ -233,7 +260,7 @@ def test_the_certificate_says_what_was_measured(pair) -> None:
         golden = certificate["golden"][-1]
         stored = np.frombuffer(base64.b64decode(golden["logits"]), "<f4")
         np.testing.assert_allclose(stored, torch_logits(model, np.array([golden["ids"]]))[0, -1], atol=1e-5)
-    for variant, limit in (("int8", 2e-3), ("int4", 5e-3)):
+    for variant, limit in (("int8", 2e-3), ("int4", 5e-3), ("int8-kv8", 2e-3), ("int4-kv8", 5e-3)):
         figures = json.loads((bundles / variant / "parity.json").read_text())["figures"]
         assert figures["bits_per_byte_difference"] < limit
         assert 0 < figures["single_bits_per_byte_difference"] < 2 * limit
@@ -277,7 +304,7 @@ def test_two_exports_have_the_same_bytes(project: Path, tmp_path: Path) -> None:
     first, second = (run_export(project, tmp_path / name, list(VARIANTS)) for name in ("a", "b"))
     assert first == second
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert len(contents(tmp_path / "a")) == 4 * (len(FILES) + 1)
+    assert len(contents(tmp_path / "a")) == len(VARIANTS) * (len(FILES) + 1)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "a").values())
 
@@ -288,7 +315,7 @@ def test_another_process_writes_the_same_bytes(project: Path, tmp_path: Path) ->
         "import sys; from pathlib import Path; from smallgpt.config import ExportConfig\n"
         "from smallgpt.export import export; from smallgpt.sampling import GenerationConfig\n"
         "project, out = map(Path, sys.argv[1:])\n"
-        "config = ExportConfig(variants=['fp32', 'int8', 'int4', 'fp16'], certificate_tokens=300, threads=1)\n"
+        "config = ExportConfig(variants=['fp32', 'int4-kv8', 'fp16'], certificate_tokens=300, threads=1)\n"
         "export(project / 'model', project / 'tokens', config, GenerationConfig(), out=out, report=out / 'r.json')\n"
     )
     for name, seed in (("a", "1"), ("b", "2")):
@@ -339,7 +366,7 @@ def test_the_certificate_fails_on_a_matrix_with_scales_of_other_rows(
 
 
 def test_golden_logits_of_a_quantised_bundle_are_checked(pair) -> None:
-    for variant in ("int8", "int4"):
+    for variant in ("int8", "int4", "int8-kv8", "int4-kv8"):
         count, largest = check_golden(OrtGPT(pair[1] / variant, device="cpu", threads=1))
         assert count == 3
         assert 0 < largest < VARIANTS[variant].limits.max_difference
