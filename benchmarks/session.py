@@ -27,7 +27,7 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # configuration 
     "dynamic blocks": ({"session.dynamic_block_base": "4"}, {}),
     "denormals are zero": ({"session.set_denormal_as_zero": "1"}, {}),
     "no prepacking": ({"session.disable_prepacking": "1"}, {}),
-    "no flash attention": ({}, {"ORT_GQA_DISABLE_FLASH_ATTENTION": "1"}),
+    "flash attention": ({}, {"ORT_GQA_DISABLE_FLASH_ATTENTION": "0"}),
     "approximate int8 keys": ({}, {"ORT_MLAS_QKGEMM_S8_APPROX_VNNI": "1"}),
 }
 # Name: prompt, batch, steps; with no step the time to the first token is taken.
