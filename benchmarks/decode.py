@@ -3,8 +3,8 @@
     python benchmarks/decode.py [MODEL] [EXPORTS] [--tokens data/tokens] [--rounds 5] [--threads N] [--engines NAMES]
                                 [--work .smallgpt/bench] [--out reports/bench]
 
-MODEL is a model folder (models/gpt), EXPORTS the folder of its bundles (exports), `tokens` a folder with test.bin for
-the bits per byte. Every round starts each engine and width in a process of its own, in alternating order; the tables
+MODEL is a model folder (models/gpt), EXPORTS the folder of its bundles (exports), `tokens` the token files for the
+bits per byte. Every round starts each engine and width in a process of its own, in alternating order; the tables
 hold medians over the rounds. A range of contexts is timed in its middle with larger batches. A share of the memory
 limit above 1 means that the weights came from the processor's cache. Transformers runs in the project's .venv.
 """
@@ -52,7 +52,7 @@ RANGES = {"16-416": (16, 416), "600-960": (600, 960)}
 TIMED = {1: 400, 8: 60, 32: 24}  # at most so many steps, by batch
 PROMPTS = (16, 512)
 CHECK_PROMPTS, CHECK_TOKENS = 5, 64
-SCORED = 4096  # tokens of the test split
+SCORED = 4096  # tokens of the test split, or of valid where there is none
 
 
 def python(engine: str) -> str:
@@ -184,8 +184,9 @@ def run(
     config = json.loads((model / "config.json").read_text())["model"]
     context, random, text = config["max_seq_len"], work / "random.npy", work / "text.npy"
     np.save(random, np.random.default_rng(0).integers(260, config["vocab_size"], context))
-    kind = json.loads((tokens / "test.json").read_text())["dtype"]
-    scored = np.fromfile(tokens / "test.bin", kind)[: SCORED + 1]
+    split = "test" if (tokens / "test.json").is_file() else "valid"
+    kind = json.loads((tokens / f"{split}.json").read_text())["dtype"]
+    scored = np.fromfile(tokens / f"{split}.bin", kind)[: SCORED + 1]
     np.save(text, scored)
     pairs = [(width, engine) for width, kinds in WIDTHS.items() for engine in kinds if engine in names]
     pairs = [pair for pair in pairs if pair[1] != SMALL_CACHE or (exports / WIDTHS[pair[0]][pair[1]]).is_dir()]

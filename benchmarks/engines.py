@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,36 +10,36 @@ from typing import Any
 import numpy as np
 
 
-class Engine:
+class Engine(ABC):
     """One engine with its model loaded. Prompts are arrays of ids (S,); nothing ends a text before its length."""
 
+    @abstractmethod
     def first_token(self, ids: np.ndarray, capacity: int) -> float:
         """Seconds from a prompt to the first id after it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
         """Seconds of `steps` tokens for each of `batch` sequences, after a prompt and the first token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text(self, ids: np.ndarray, count: int, capacity: int) -> list[int]:
         """The first `count` ids after a prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """The logits after every token of a text, (S, V)."""
-        raise NotImplementedError
 
 
 class Stepping(Engine):
     """An engine that hands out logits: the benchmark takes the largest itself."""
 
+    @abstractmethod
     def prefill(self, ids: np.ndarray, batch: int, capacity: int) -> np.ndarray:
         """Drop what was there, feed one prompt and copy its cache to `batch` sequences; its logits (V,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Add a token to each sequence, (B,); the logits after it (B, V), until the next call."""
-        raise NotImplementedError
 
     def first_token(self, ids: np.ndarray, capacity: int) -> float:
         start = time.perf_counter()
@@ -158,9 +159,9 @@ class LlamaCpp(Stepping):
 class Generating(Engine):
     """An engine that decodes by itself: what a step takes is the difference of a long and a short generation."""
 
+    @abstractmethod
     def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
         """The first `count` ids after a prompt, for one of `batch` equal sequences."""
-        raise NotImplementedError
 
     def seconds(self, call: Callable[[], Any]) -> float:
         start = time.perf_counter()
