@@ -61,7 +61,7 @@ def export(
     """Write `out/<variant>/` for each of config.variants, all or nothing, and the main figures to `report`.
 
     The certificates use the first config.certificate_tokens tokens of the test split in the folder `tokens`, or of
-    valid where there is no test; the 4-bit weights are fitted to the first CALIBRATION_TOKENS of the train split.
+    valid where there is no test; 4-bit weights and int8 caches are fitted to the first CALIBRATION_TOKENS of train.
     Returns the figures by variant.
 
     Raises:

@@ -65,7 +65,8 @@ def score_stream(
             ):
                 logits = model(x)[0][:, skip:].float()  # (B, scored, V)
                 target = logits.gather(-1, y)
-                loss = (logits.logsumexp(-1, keepdim=True) - target)[..., 0].double().cpu().numpy()
+                # Not logsumexp: its exp is MKL's, whose first call in a process is now and then less exact.
+                loss = -logits.log_softmax(-1).gather(-1, y)[..., 0].double().cpu().numpy()
                 before = torch.arange(logits.shape[-1], device=device) < y  # (B, scored, V)
                 above = ((logits > target) | ((logits == target) & before)).sum(-1).cpu().numpy()
             for row, (_, first, end) in enumerate(group):

@@ -81,7 +81,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
+        os.environ.pop(name, None)  # another thread may have been faster
 
 
 def missing_for_cuda() -> str:

@@ -372,11 +372,12 @@ def test_golden_logits_of_a_quantised_bundle_are_checked(pair) -> None:
         assert 0 < largest < VARIANTS[variant].limits.max_difference
 
 
-def test_four_bits_need_the_train_split(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["int4", "int8-kv8"])
+def test_what_is_fitted_needs_the_train_split(project: Path, tmp_path: Path, variant: str) -> None:
     tiny.write_project(tmp_path, SmallGPT.from_pretrained(project / "model"))
     (tmp_path / "tokens" / "train.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"train\.bin does not exist; the tokenize stage writes it"):
-        run_export(tmp_path, tmp_path / "exports", ["int4"])
+        run_export(tmp_path, tmp_path / "exports", [variant])
     assert list(run_export(tmp_path, tmp_path / "exports", ["int8"])) == ["int8"]
 
 
