@@ -453,10 +453,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.startup:
                 report["startup"] |= {job.name: startup(job) for job in jobs}
             else:
-                sizes = {job.size: job for job in jobs} if "products" in systems else {}
-                jobs = [
-                    Job("products", shape, precision, "eager", job.variant, **common) for job in sizes.values()
-                ] + jobs
+                products = [Job("products", shape, precision, "eager", variant, **common) for variant in variants]
+                sizes = {job.size: job for job in products} if "products" in systems else {}
+                jobs = [*sizes.values(), *jobs]
                 with tempfile.TemporaryDirectory() as cache:
                     report["results"] |= measure(jobs, options.steps, options.per_round, cache)
             write_json(options.out, report)
