@@ -9,6 +9,8 @@ from smallgpt.config import load_config
 from smallgpt.files import sha256_file
 from smallgpt.results import add, main
 
+TRAIN = "".join(chr(ord("a") + i * i % 23) for i in range(150)) + "\n"
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
@@ -26,11 +28,16 @@ def project(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "models/gpt/model.safetensors").write_bytes(b"weights")
+    samples = "".join(f"\n## {i}\n\n```text\n{text}\n```\n" for i, text in enumerate((TRAIN[20:100], "y" * 80)))
+    (tmp_path / "reports/evaluate/samples.md").write_text(f"# Samples\n\nPrompt 'a', seed 3.\n{samples}")
+    (tmp_path / "data/prepared").mkdir(parents=True)
+    (tmp_path / "data/prepared/train.txt").write_text(TRAIN)
     return tmp_path
 
 
 def call(project: Path, action: str) -> None:
-    main([action, "--project", str(project), "--out", str(project / "rows"), "--page", str(project / "page.md")])
+    places = {"--project": "", "--out": "rows", "--page": "page.md", "--cards": "cards"}
+    main([action, *(part for option, name in places.items() for part in (option, str(project / name)))])
 
 
 def test_a_row_holds_the_figures_of_the_files(project: Path) -> None:
@@ -52,6 +59,17 @@ def test_the_page_has_a_line_for_each_row(project: Path) -> None:
     lines = [line for line in (project / "page.md").read_text().splitlines() if line.startswith("| my.txt")]
     assert len(lines) == 2
     assert "| valid | gpt2 | 12,345 | 10,000 | 1.5000 | 2.2500 | 2.1250 | - |" in lines[0]
+
+
+def test_the_card_shows_samples_and_how_much_of_them_was_read_in_training(project: Path) -> None:
+    call(project, "add")
+    [path] = (project / "cards").glob("*.md")
+    card = path.read_text()
+    assert card.startswith("# my.txt, gpt2, 12,345 parameters")
+    assert f"```text\n{TRAIN[20:100]}\n```" in card
+    # Each sample has 31 windows of 50 characters; those of the first stand in train.
+    assert "Prompt 'a', seed 3. The first 2 of 2, none picked by hand.\n0.5000 of the samples' windows" in card
+    assert "params.yaml, seed 7: 900 tokens, 1.5 passes" in card
 
 
 def test_files_of_different_runs_are_refused(project: Path) -> None:
