@@ -63,7 +63,12 @@ format: .venv/.installed  ## Format the code
 	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-bench/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
-bench: .venv/.installed .venv-bench/.installed  ## Time decoding against llama.cpp, CTranslate2 and Transformers on models/gpt and exports
+.venv-genai/.installed: constraints.txt
+	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
+	.venv-genai/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt onnxruntime-genai
+	touch $@
+
+bench: .venv/.installed .venv-bench/.installed .venv-genai/.installed  ## Time decoding of models/gpt and exports against four other engines
 	@.venv-bench/bin/python benchmarks/decode.py
 
 clean:  ## Remove what the pipeline and the tools wrote, but not the environment or the DVC cache

@@ -6,7 +6,8 @@
 MODEL is a model folder (models/gpt), EXPORTS the folder of its bundles (exports), `tokens` the token files for the
 bits per byte. Every round starts each engine and width in a process of its own, in alternating order; the tables
 hold medians over the rounds. A range of contexts is timed in its middle with larger batches. A share of the memory
-limit above 1 means that the weights came from the processor's cache. Transformers runs in the project's .venv.
+limit above 1 means that the weights came from the processor's cache. Transformers runs in the project's .venv,
+onnxruntime-genai in .venv-genai.
 """
 
 import argparse
@@ -34,9 +35,21 @@ from smallgpt.files import write_atomic, write_json
 ROOT = Path(__file__).resolve().parent.parent
 # The engines by width of the weights, ours first; with each what it loads: a bundle, a GGUF type, a compute type.
 WIDTHS = {
-    "fp32": {"ours": "fp32", "llama.cpp": "F32", "CTranslate2": "float32", "Transformers": "float32"},
-    "int8": {"ours": "int8", "ours, int8 cache": "int8-kv8", "llama.cpp": "Q8_0", "CTranslate2": "int8"},
-    "int4": {"ours": "int4", "ours, int8 cache": "int4-kv8", "llama.cpp": "Q4_0"},
+    "fp32": {
+        "ours": "fp32",
+        "llama.cpp": "F32",
+        "CTranslate2": "float32",
+        "onnxruntime-genai": "fp32",
+        "Transformers": "float32",
+    },
+    "int8": {
+        "ours": "int8",
+        "ours, int8 cache": "int8-kv8",
+        "llama.cpp": "Q8_0",
+        "CTranslate2": "int8",
+        "onnxruntime-genai": "int8",
+    },
+    "int4": {"ours": "int4", "ours, int8 cache": "int4-kv8", "llama.cpp": "Q4_0", "onnxruntime-genai": "int4"},
     "16 bits": {"llama.cpp": "F16", "Transformers": "bfloat16"},
 }
 PACKAGES = {
@@ -44,9 +57,11 @@ PACKAGES = {
     "ours, int8 cache": "onnxruntime",
     "llama.cpp": "llama_cpp",
     "CTranslate2": "ctranslate2",
+    "onnxruntime-genai": "onnxruntime_genai",
     "Transformers": "transformers",
 }
-PEERS = ("llama.cpp", "CTranslate2", "Transformers")
+ENVIRONMENTS = {"onnxruntime-genai": ".venv-genai", "Transformers": ".venv"}
+PEERS = ("llama.cpp", "CTranslate2", "onnxruntime-genai", "Transformers")
 SMALL_CACHE = "ours, int8 cache"  # in the tables where its bundles are there
 RANGES = {"16-416": (16, 416), "600-960": (600, 960)}
 TIMED = {1: 400, 8: 60, 32: 24}  # at most so many steps, by batch
@@ -56,15 +71,17 @@ SCORED = 4096  # tokens of the test split, or of valid where there is none
 
 
 def python(engine: str) -> str:
-    """The interpreter that has the engine's packages: this one, or that of the project's own environment."""
-    return sys.executable if importlib.util.find_spec(PACKAGES[engine]) else str(ROOT / ".venv/bin/python")
+    """The interpreter that has the engine's packages: this one, or that of another environment of the project."""
+    if importlib.util.find_spec(PACKAGES[engine]):
+        return sys.executable
+    return str(ROOT / ENVIRONMENTS.get(engine, ".venv") / "bin/python")
 
 
 def path_of(engine: str, kind: str, exports: Path, work: Path) -> Path:
     """The file or folder that an engine loads."""
     if engine.startswith("ours"):
         return exports / kind
-    return work / (f"{kind}.gguf" if engine == "llama.cpp" else engine)
+    return work / {"llama.cpp": f"{kind}.gguf", "onnxruntime-genai": f"genai-{kind}"}.get(engine, engine)
 
 
 def size_of(engine: str, kind: str, exports: Path, work: Path) -> int | None:
@@ -80,10 +97,12 @@ def open_engine(engine: str, kind: str, path: Path, threads: int) -> engines.Eng
         return engines.Ours(path, threads)
     if engine == "llama.cpp":
         return engines.LlamaCpp(path, threads)
+    if engine == "onnxruntime-genai":
+        return engines.Genai(path, threads)
     return getattr(engines, engine)(path, threads, kind)
 
 
-def write_models(model: Path, work: Path, names: set[str]) -> None:
+def write_models(model: Path, exports: Path, work: Path, names: set[str]) -> None:
     """The weights in the format of every peer."""
     work.mkdir(parents=True, exist_ok=True)
     if "llama.cpp" in names:
@@ -95,6 +114,12 @@ def write_models(model: Path, work: Path, names: set[str]) -> None:
         from ct2_file import write_ct2
 
         write_ct2(model, work / "CTranslate2")
+    if "onnxruntime-genai" in names:
+        from genai_file import write_genai
+
+        for kinds in WIDTHS.values():
+            if kind := kinds.get("onnxruntime-genai"):
+                write_genai(exports / kind, path_of("onnxruntime-genai", kind, exports, work))
     if "Transformers" in names:
         command = [python("Transformers"), "-m", "smallgpt.interop", model, "--out", work / "Transformers"]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -180,7 +205,7 @@ def machine(threads: int) -> dict[str, object]:
 def run(
     model: Path, exports: Path, tokens: Path, rounds: int, threads: int, names: set[str], work: Path, out: Path
 ) -> None:
-    write_models(model, work, names)
+    write_models(model, exports, work, names)
     config = json.loads((model / "config.json").read_text())["model"]
     context, random, text = config["max_seq_len"], work / "random.npy", work / "text.npy"
     np.save(random, np.random.default_rng(0).integers(260, config["vocab_size"], context))

@@ -1,6 +1,7 @@
 """What the benchmark drives: every engine feeds a prompt, copies it to a batch, and decodes greedily."""
 
 import ctypes
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -225,3 +226,56 @@ class Transformers(Generating):
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         return self.model(self.torch.from_numpy(ids)[None]).logits[0].float().numpy()
+
+
+class Genai(Engine):
+    """onnxruntime-genai's generator on our graph, with a cache of fixed size in place; it takes the largest itself."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime_genai
+
+        self.lib = onnxruntime_genai
+        config = onnxruntime_genai.Config(str(folder))
+        # Its own choice is half of the processors.
+        options = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+        self.model = onnxruntime_genai.Model(config)
+        self.shape, self.generator = (0, 0), None
+
+    def start(self, ids: np.ndarray, batch: int, capacity: int) -> Any:
+        """A generator that has read a prompt for each of `batch` sequences and has not chosen their next token."""
+        if self.shape == (batch, capacity):
+            self.generator.rewind_to(0)
+        else:
+            settings = self.lib.GeneratorParams(self.model)
+            settings.set_search_options(min_length=capacity, max_length=capacity, batch_size=batch, do_sample=False)
+            self.generator, self.shape = self.lib.Generator(self.model, settings), (batch, capacity)
+        self.generator.append_tokens(np.tile(ids.astype(np.int32), (batch, 1)))
+        return self.generator
+
+    def first_token(self, ids: np.ndarray, capacity: int) -> float:
+        start = time.perf_counter()
+        self.start(ids, 1, capacity).generate_next_token()
+        return time.perf_counter() - start
+
+    def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
+        generator = self.start(ids, batch, capacity)
+        for _ in range(2):
+            generator.generate_next_token()
+        start = time.perf_counter()
+        for _ in range(steps):
+            generator.generate_next_token()
+        return time.perf_counter() - start
+
+    def text(self, ids: np.ndarray, count: int, capacity: int) -> list[int]:
+        generator = self.start(ids, 1, capacity)
+        for _ in range(count):
+            generator.generate_next_token()
+        return [int(i) for i in generator.get_sequence(0)[len(ids) :]]
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        rows = [self.start(ids[:1], 1, len(ids) + 1).get_logits().ravel().copy()]
+        for i in range(1, len(ids)):
+            self.generator.append_tokens(ids[None, i : i + 1].astype(np.int32))
+            rows.append(self.generator.get_logits().ravel().copy())
+        return np.stack(rows)

@@ -336,8 +336,8 @@ def test_reading_settings_imports_no_torch() -> None:
 
 
 def test_the_files_are_there() -> None:
-    names = ["params.yaml", "shakespeare-25m.yaml", "stories-25m.yaml", "stories-tiny.yaml", "wikitext2-25m.yaml"]
-    assert [file.name for file in FILES] == names
+    names = ["gpt2-25m", "shakespeare-25m", "stories-25m", "stories-tiny", "wikitext2-25m"]
+    assert [file.name for file in FILES] == ["params.yaml", *(f"{name}.yaml" for name in names)]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
