@@ -274,7 +274,7 @@ class Genai(Engine):
         return [int(i) for i in generator.get_sequence(0)[len(ids) :]]
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        rows = [self.start(ids[:1], 1, len(ids) + 1).get_logits().ravel().copy()]
+        rows = [self.start(ids[:1], 1, len(ids)).get_logits().ravel().copy()]
         for i in range(1, len(ids)):
             self.generator.append_tokens(ids[None, i : i + 1].astype(np.int32))
             rows.append(self.generator.get_logits().ravel().copy())

@@ -20,10 +20,10 @@ def write_genai(bundle: Path, folder: Path) -> None:
     graph.graph.ClearField("input")
     graph.graph.input.extend(kept)
     graph.graph.node[-1].output[0] = "rows"  # (B, V)
-    nodes = [*_prefix(), *graph.graph.node, helper.make_node("Unsqueeze", ["rows", "one"], ["logits"])]  # (B, 1, V)
+    nodes = [*_prefix(), *graph.graph.node, helper.make_node("Unsqueeze", ["rows", "genai_axis"], ["logits"])]  # (B, 1, V)
     graph.graph.ClearField("node")
     graph.graph.node.extend(nodes)
-    numbers = {"one": np.array([1]), "scalar_one": np.array(1)}
+    numbers = {"genai_axis": np.array([1]), "genai_one": np.array(1)}
     graph.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in numbers.items())
     logits = next(value for value in graph.graph.output if value.name == "logits")
     logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1, shape["vocab_size"]]))
@@ -37,18 +37,18 @@ def _prefix() -> list[NodeProto]:
         return helper.make_node(op, inputs, [output], output, **attributes)
 
     return [
-        node("ReduceSum", ["attention_mask", "one"], "lengths", keepdims=0),  # (B,)
-        node("Sub", ["lengths", "scalar_one"], "lengths_less_one"),
+        node("ReduceSum", ["attention_mask", "genai_axis"], "lengths", keepdims=0),  # (B,)
+        node("Sub", ["lengths", "genai_one"], "lengths_less_one"),
         node("Cast", ["lengths_less_one"], "seqlens_k", to=TensorProto.INT32),
         node("Shape", ["attention_mask"], "mask_shape"),
-        node("Gather", ["mask_shape", "scalar_one"], "longest"),
+        node("Gather", ["mask_shape", "genai_one"], "longest"),
         node("Cast", ["longest"], "total_sequence_length", to=TensorProto.INT32),
         # The last row of each sequence among the flattened ones.
         node("Shape", ["input_ids"], "ids_shape"),
-        node("Gather", ["ids_shape", "scalar_one"], "tokens_each"),
+        node("Gather", ["ids_shape", "genai_one"], "new_tokens"),
         node("Size", ["input_ids"], "all_tokens"),
-        node("Sub", ["tokens_each", "scalar_one"], "first_wanted"),
-        node("Range", ["first_wanted", "all_tokens", "tokens_each"], "logit_index"),
+        node("Sub", ["new_tokens", "genai_one"], "first_wanted"),
+        node("Range", ["first_wanted", "all_tokens", "new_tokens"], "logit_index"),
     ]
 
 

@@ -1,9 +1,9 @@
 """The decoder as an ONNX graph, built node by node: exact nodes, stable names, the same bytes every time.
 
-The nodes are those ONNX Runtime decodes fastest with: GroupQueryAttention on packed q, k and v with a cache that past
-and present share in place, SkipLayerNormalization that takes the bias of the linear layer before it and hands on the
-residual sum, FastGelu (tanh) with its bias, and for quantised weights MatMulNBits, which rounds its inputs to 8 bits
-by blocks, and GatherBlockQuantized. Operators: onnxruntime, docs/ContribOperators.md.
+The nodes are those ONNX Runtime is fastest with: GroupQueryAttention on packed q, k and v with a cache that past and
+present share in place, FastGelu (tanh) with its bias, on a GPU SkipLayerNormalization, and for quantised weights
+GatherBlockQuantized, MatMulNBits, which rounds its inputs to 8 bits by blocks, and where there are many tokens
+MatMulIntegerToFloat. Operators: onnxruntime, docs/ContribOperators.md.
 
 Shapes: B sequences, S new tokens each, D = embed_dim, V = vocab_size, M = capacity of the cache, N = wanted logits.
 """
@@ -13,22 +13,24 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from smallgpt.config import ModelConfig
 from smallgpt.quantize import Quantized
 
 CONTRIB = "com.microsoft"
 EPSILON = 1e-5
+MANY_TOKENS = 9  # from so many new tokens of a sequence on its quantised matrices are multiplied in integers
 
 
 class _Builder:
     """Collects nodes and weights; every node is named after its first output."""
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = np.dtype(dtype)
+    def __init__(self, dtype: str, constants: dict[str, TensorProto] | None = None, *, integers: bool = False) -> None:
+        """`constants` may be another builder's; `integers` multiplies quantised matrices as `by_integers` does."""
+        self.dtype, self.integers = np.dtype(dtype), integers
         self.nodes: list[NodeProto] = []
-        self.constants: list[TensorProto] = []
+        self.constants = {} if constants is None else constants
 
     def weight(self, name: str, array: np.ndarray) -> str:
         """Store a float array under `name` in the graph's precision."""
@@ -36,7 +38,8 @@ class _Builder:
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """Store an array under `name` as it is."""
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
         return name
 
     def add(self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: Any) -> str:
@@ -67,10 +70,58 @@ class _Builder:
 
     def product(self, x: str, name: str, weight: Quantized, output: str, bias: str = "") -> str:
         """x W^T (+ bias) for a matrix (N, K) that is stored: (..., K) -> (..., N)."""
+        if self.integers:
+            x = self.by_integers(x, name, weight, f"{name}.product" if bias else output)
+            return self.add("Add", [x, bias], output) if bias else x
         inputs = [x, name, f"{name}.scales", *(["", "", bias] if bias else [])]
         shape = {"K": weight.columns, "N": len(weight.values), "bits": weight.bits, "block_size": weight.block}
         # Level 4 computes with inputs in 8 bits; the others turn the weights into floats first, which is slow.
         return self.add("MatMulNBits", inputs, output, domain=CONTRIB, accuracy_level=4, **shape)
+
+    def by_integers(self, x: str, name: str, weight: Quantized, output: str) -> str:
+        """x W^T in integers of 8 bits: a row of x has a scale of its own, so its result depends on no other row.
+
+        The matrix gets new levels, with one scale for each output, when a session starts.
+        """
+        self.constant("last", np.array([-1]))
+        self.constant("level", np.array(1 / 127, np.float32))
+        self.constant("one", np.array(1, np.float32))
+        self.constant("middle", np.array(128, np.uint8))
+        levels, scales = self.columns(name, weight)
+        largest = self.add("Abs", [x], f"{output}.abs")
+        largest = self.add("ReduceMax", [largest, "last"], f"{output}.max")  # (..., 1)
+        step = self.add("Mul", [largest, "level"], f"{output}.step")
+        scaled = self.add("Div", [x, step], f"{output}.scaled")
+        rounded = self.add("QuantizeLinear", [scaled, "one", "middle"], f"{output}.rounded")
+        inputs = [rounded, levels, "one", scales, "middle"]
+        product = self.add("MatMulIntegerToFloat", inputs, f"{output}.integers", domain=CONTRIB)
+        return self.add("Mul", [product, step], output)
+
+    def columns(self, name: str, weight: Quantized) -> tuple[str, str]:
+        """The stored matrix as levels (K, N) int8 and scales (N,); all of it is folded when a session starts."""
+        outputs, blocks = weight.scales.shape
+        x = name
+        if weight.bits == 4:
+            low = self.add("BitwiseAnd", [x, self.constant("fifteen", np.array([15], np.uint8))], f"{name}.low")
+            high = self.add(
+                "BitShift", [x, self.constant("four", np.array([4], np.uint8))], f"{name}.high", direction="RIGHT"
+            )
+            pairs = [self.add("Unsqueeze", [part, "last"], f"{part}.pair") for part in (low, high)]
+            x = self.add("Concat", pairs, f"{name}.pairs", axis=-1)
+        x = self.add("Reshape", [x, self.constant(f"{name}.shape", np.array([outputs, -1]))], f"{name}.matrix")
+        zeros = self.constant(f"{name}.zeros", np.full(weight.scales.shape, 2 ** (weight.bits - 1), np.uint8))
+        x = self.add(
+            "DequantizeLinear", [x, f"{name}.scales", zeros], f"{name}.floats", axis=1, block_size=weight.block
+        )
+        if weight.block * blocks > weight.columns:
+            bounds = {"start": 0, "end": weight.columns, "axis": 1}
+            ends = [self.constant(f"{name}.{key}", np.array([value])) for key, value in bounds.items()]
+            x = self.add("Slice", [x, *ends], f"{name}.sliced")
+        scales = weight.scales[:, 0] if weight.bits == 8 else np.abs(weight.dequantized()).max(1) / 127
+        scales = np.where(scales == 0, 1, scales).astype(np.float32)
+        zeros = self.constant(f"{name}.column_zeros", np.zeros(outputs, np.int8))
+        x = self.add("QuantizeLinear", [x, self.constant(f"{name}.columns", scales), zeros], f"{name}.levels", axis=0)
+        return self.add("Transpose", [x], f"{name}.integers"), f"{name}.columns"
 
 
 def build_graph(
@@ -106,16 +157,43 @@ def build_graph(
             f"embed_dim / num_heads is {config.head_dim}; ONNX Runtime's attention needs a multiple of {width} "
             f"for architecture {config.architecture}"
         )
-    graph = _Builder(dtype)
-    gpt2 = config.architecture == "gpt2"
-    if rope is not None:
-        graph.weight("rope.cos", rope[0])
-        graph.weight("rope.sin", rope[1])
-
     # Queries are stored with the scores' factor, 1 / sqrt(head_dim), in them: products without one are faster.
     weights = dict(weights)
     for name in [name for name in weights if ".attn.qkv." in name]:
         weights[name] = _scaled(weights[name], config.num_heads * config.head_dim, config.head_dim**-0.5)
+
+    graph = _Builder(dtype)
+    cache_dtype = np.dtype("int8") if cache_scales else graph.dtype
+    if not any(isinstance(weight, Quantized) for weight in weights.values()):
+        _add_decoder(graph, weights, config, rope, cache_scales)
+        return _model(graph, config, cache_dtype)
+    # MatMulNBits multiplies few rows fastest, integers many. Which way a sequence goes depends on the number of its own
+    # tokens alone, because prompts that are filled together have the same length.
+    tokens = graph.add("Shape", ["input_ids"], "tokens_each", start=1)
+    condition = graph.add("Less", [tokens, graph.constant("many", np.array([MANY_TOKENS]))], "few")
+    branches = {}
+    for branch, integers in (("then_branch", False), ("else_branch", True)):
+        part = _Builder(dtype, graph.constants, integers=integers)
+        _add_decoder(part, weights, config, rope, cache_scales, prefix=f"{branch}.")
+        values = _outputs(config, cache_dtype, prefix=f"{branch}.")
+        branches[branch] = helper.make_graph(part.nodes, branch, [], values)
+    graph.add("If", [condition], *(value.name for value in _outputs(config, cache_dtype)), **branches)
+    return _model(graph, config, cache_dtype)
+
+
+def _add_decoder(
+    graph: _Builder,
+    weights: Mapping[str, np.ndarray | Quantized],
+    config: ModelConfig,
+    rope: tuple[np.ndarray, np.ndarray] | None,
+    cache_scales: Sequence[tuple[np.ndarray, np.ndarray]] | None,
+    prefix: str = "",
+) -> None:
+    """Add the nodes from the graph's inputs to its outputs, whose names begin with `prefix`."""
+    gpt2, half = config.architecture == "gpt2", graph.dtype == np.float16
+    if rope is not None:
+        graph.weight("rope.cos", rope[0])
+        graph.weight("rope.sin", rope[1])
 
     def vector(name: str) -> str:
         array = weights[name]
@@ -131,8 +209,17 @@ def build_graph(
         x = graph.add("MatMul", [x, key], f"{name}.matmul")
         return graph.add("Add", [x, vector(bias)], name) if bias else x
 
+    def norm(x: str, name: str) -> str:
+        vectors = [vector(f"{name}.weight"), *([vector(f"{name}.bias")] if gpt2 else [])]
+        op = "LayerNormalization" if gpt2 else "SimplifiedLayerNormalization"
+        return graph.add(op, [x, *vectors], f"{name}.norm", axis=-1, epsilon=EPSILON)
+
     def skip_norm(x: str, residual: str, name: str, bias: str = "") -> tuple[str, str]:
         """The norm of x + residual + bias, and that sum for the next residual."""
+        if not half:  # the fused operator is the slower one on a CPU
+            x = graph.add("Add", [x, vector(bias)], f"{name}.biased") if gpt2 and bias else x
+            x = graph.add("Add", [x, residual], f"{name}.residual")
+            return norm(x, name), x
         inputs = [x, residual, vector(f"{name}.weight")]
         if gpt2:
             inputs.append(vector(f"{name}.bias"))
@@ -145,7 +232,7 @@ def build_graph(
     def attention(x: str, layer: str, index: int) -> str:
         qkv = matmul(x, f"{layer}.attn.qkv", f"{layer}.attn.qkv.bias" if gpt2 else "")  # (B, S, (H + 2 KV) * head_dim)
         past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
-        present = [f"present.{index}.{kind}" for kind in ("key", "value")]
+        present = [f"{prefix}present.{index}.{kind}" for kind in ("key", "value")]
         inputs = [qkv, "", "", *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
         heads: dict[str, Any] = {"num_heads": config.num_heads, "kv_num_heads": config.kv_heads}
         if cache_scales:
@@ -174,8 +261,7 @@ def build_graph(
         positions = graph.table("wpe.weight", weights["wpe.weight"], "position_ids", "positions")
         x, residual = skip_norm(residual, positions, "h.0.ln_1")
     else:
-        scale = vector("h.0.ln_1.weight")
-        x = graph.add("SimplifiedLayerNormalization", [residual, scale], "h.0.ln_1.norm", axis=-1, epsilon=EPSILON)
+        x = norm(residual, "h.0.ln_1")
     for i in range(config.num_layers):
         layer = f"h.{i}"
         x, residual = skip_norm(attention(x, layer, i), residual, f"{layer}.ln_2", f"{layer}.attn.proj.bias")
@@ -184,13 +270,11 @@ def build_graph(
     x = graph.add("Reshape", [x, graph.constant("flat", np.array([-1, config.embed_dim]))], "hidden")  # (B * S, D)
     x = graph.add("Gather", [x, "logit_index"], "wanted")  # (N, D)
     if isinstance(head, Quantized):
-        graph.product(x, "wte.weight", head, "logits")  # (N, V)
+        graph.product(x, "wte.weight", head, f"{prefix}logits")  # (N, V)
     else:
-        half = dtype == "float16"
         logits = graph.add("Gemm", [x, "wte.weight"], "head" if half else "logits", transB=1)  # (N, V)
         if half:
             graph.add("Cast", [logits], "logits", to=TensorProto.FLOAT)
-    return _model(graph, config, np.dtype("int8") if cache_scales else graph.dtype)
 
 
 def _scaled(weight: np.ndarray | Quantized, rows: int, factor: float) -> np.ndarray | Quantized:
@@ -200,12 +284,21 @@ def _scaled(weight: np.ndarray | Quantized, rows: int, factor: float) -> np.ndar
     return replace(weight, scales=array) if isinstance(weight, Quantized) else array
 
 
+def _cache(config: ModelConfig, dtype: np.dtype, prefix: str) -> list[ValueInfoProto]:
+    """Keys and values of every layer."""
+    kind, shape = helper.np_dtype_to_tensor_dtype(dtype), ["batch", config.kv_heads, "capacity", config.head_dim]
+    names = [f"{prefix}{i}.{part}" for i in range(config.num_layers) for part in ("key", "value")]
+    return [helper.make_tensor_value_info(name, kind, shape) for name in names]
+
+
+def _outputs(config: ModelConfig, cache_dtype: np.dtype, prefix: str = "") -> list[ValueInfoProto]:
+    logits = helper.make_tensor_value_info(f"{prefix}logits", TensorProto.FLOAT, ["wanted", config.vocab_size])
+    return [logits, *_cache(config, cache_dtype, f"{prefix}present.")]
+
+
 def _model(graph: _Builder, config: ModelConfig, cache_dtype: np.dtype) -> ModelProto:
     """Put inputs and outputs around the nodes. Opset 21 and IR 10 are the newest that ONNX Runtime 1.28 reads."""
-    kind = helper.np_dtype_to_tensor_dtype(cache_dtype)
     value = helper.make_tensor_value_info
-    cache = ["batch", config.kv_heads, "capacity", config.head_dim]
-    names = [f"{i}.{part}" for i in range(config.num_layers) for part in ("key", "value")]
     inputs = [value("input_ids", TensorProto.INT64, ["batch", "tokens"])]
     if config.architecture == "gpt2":
         inputs.append(value("position_ids", TensorProto.INT64, ["batch", "tokens"]))
@@ -213,14 +306,11 @@ def _model(graph: _Builder, config: ModelConfig, cache_dtype: np.dtype) -> Model
         value("seqlens_k", TensorProto.INT32, ["batch"]),
         value("total_sequence_length", TensorProto.INT32, []),
         value("logit_index", TensorProto.INT64, ["wanted"]),
-        *(value(f"past_key_values.{name}", kind, cache) for name in names),
+        *_cache(config, cache_dtype, "past_key_values."),
     ]
-    outputs = [
-        value("logits", TensorProto.FLOAT, ["wanted", config.vocab_size]),
-        *(value(f"present.{name}", kind, cache) for name in names),
-    ]
+    outputs, constants = _outputs(config, cache_dtype), list(graph.constants.values())
     return helper.make_model(
-        helper.make_graph(graph.nodes, f"smallgpt-{config.architecture}", inputs, outputs, graph.constants),
+        helper.make_graph(graph.nodes, f"smallgpt-{config.architecture}", inputs, outputs, constants),
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)],
         ir_version=10,
         producer_name="smallgpt",

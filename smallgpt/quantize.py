@@ -64,7 +64,10 @@ def quantize(weight: np.ndarray, bits: int, moment: np.ndarray | None = None) ->
     importance = power + DAMPING * power.mean()
     padding = (0, -columns % block)
     blocks = np.pad(weight.astype(np.float32), ((0, 0), padding)).reshape(len(weight), -1, block)
-    scales = _scales(blocks, np.pad(importance, padding).reshape(-1, block), bits, search=moment is not None)
+    # With 8 bits a row has one scale, so that integer products can sum it up whole.
+    parts = blocks if bits == 4 else blocks.reshape(len(weight), 1, -1)
+    scales = _scales(parts, np.pad(importance, padding).reshape(parts.shape[1:]), bits, search=moment is not None)
+    scales = np.repeat(scales, blocks.shape[1] // parts.shape[1], axis=1)
     of_columns = np.repeat(scales, block, axis=1)[:, :columns]
     levels = _nearest(weight, of_columns, bits) if moment is None else _fit(weight, of_columns, moment, bits)
     levels = np.pad(levels, ((0, 0), padding)).reshape(blocks.shape)

@@ -5,6 +5,7 @@ import ctypes
 import io
 import logging
 import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or min(8, processors())
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # else each call computes the matrices' levels
+    options.add_session_config_entry("session.x64quantprecision", str(int(products_overflow())))
     for key, value in entries:
         options.add_session_config_entry(key, value)
     options.log_severity_level = 4  # what goes wrong arrives as an exception or is asked for below
@@ -61,7 +64,10 @@ def _load(bundle: Bundle, options: Any, providers: Sequence[Any]) -> Any:
             contextlib.redirect_stdout(io.StringIO()),
             _environment("ORT_GQA_DISABLE_FLASH_ATTENTION", str(int(small))),
         ):
-            return onnxruntime.InferenceSession(bundle.graph, options, providers=providers)
+            # It would put one operator for an addition and a norm, the slower way on a CPU.
+            return onnxruntime.InferenceSession(
+                bundle.graph, options, providers=providers, disabled_optimizers=["SkipLayerNormFusion"]
+            )
     except Exception as error:  # its errors share no other base class
         raise MismatchError(f"{bundle.graph} cannot be loaded: {' '.join(str(error).split())}") from None
 
@@ -69,6 +75,18 @@ def _load(bundle: Bundle, options: Any, providers: Sequence[Any]) -> Any:
 def scores_bytes(bundle: Bundle, capacity: int) -> int:
     """Bytes of the attention scores of one new token over a cache of `capacity` tokens."""
     return 4 * int(bundle.config.model["num_heads"]) * capacity
+
+
+def products_overflow() -> bool:
+    """Whether sums of two products of 8 bits may overflow: on an x86 processor that is not known to have VNNI.
+
+    ONNX Runtime then has a slower way that is right.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    processors = Path("/proc/cpuinfo")
+    flags = processors.read_text(encoding="utf-8").split() if processors.is_file() else []
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 @contextlib.contextmanager

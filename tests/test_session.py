@@ -76,3 +76,18 @@ def test_no_gpu_is_said(pair) -> None:
     if session.missing_for_cuda():
         with pytest.raises(DeviceError, match=r"is a fp32 bundle for cpu; take exports/fp16 for cuda"):
             OrtGPT(pair[1] / "fp32", device="cuda")
+
+
+def test_integer_products_that_cannot_overflow_give_the_same_digits(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(1, 40)
+    logits = OrtGPT(pair[1] / "int8", threads=1).prefill(ids).copy()
+    monkeypatch.setattr(session, "products_overflow", lambda: True)
+    assert np.array_equal(OrtGPT(pair[1] / "int8", threads=1).prefill(ids), logits)
+
+
+def test_only_x86_processors_without_vnni_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.platform, "machine", lambda: "aarch64")
+    assert not session.products_overflow()
+    monkeypatch.setattr(session.platform, "machine", lambda: "x86_64")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    assert session.products_overflow() == ("vnni" not in flags)
