@@ -130,7 +130,7 @@ class TrainingConfig(Section):
     lr_schedule: Literal["cosine", "linear"] = "cosine"
     gradient_clip: NonNegative = 1.0
     ema_decay: Fraction = 0.0
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: Literal["auto", True, False] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0

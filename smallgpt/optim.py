@@ -15,15 +15,20 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al. 2024: 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum whose singular values are set to about 1, for the matrices of the blocks.
 
-    Same updates as torch.optim.Muon, faster: equal shapes go through one batched product, and the iteration runs on
-    Gram matrices. In fp32, which is the faster type for these products on a CPU and leaves room for the squared
-    condition number that Gram matrices have.
+    Same updates as torch.optim.Muon, faster: equal shapes go through one batched product, of matrices in `dtype`,
+    float32 or bfloat16.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -40,32 +45,44 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, buffers, group["momentum"])
-                updates = orthogonalized(torch.stack(nesterov)).to(parameters[0].dtype)
+                updates = orthogonalized(torch.stack(nesterov), self.dtype).to(parameters[0].dtype)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (N, R, C) with their singular values moved to about 1 by Newton-Schulz steps, fp32.
+def orthogonalized(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Matrices (N, R, C) with their singular values moved to about 1 by Newton-Schulz steps in `dtype`."""
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    if dtype == torch.float32:
+        x = _on_gram_matrices(x.float())
+    else:
+        a, b, c = NEWTON_SCHULZ
+        x = x.to(dtype)
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _on_gram_matrices(x: torch.Tensor) -> torch.Tensor:
+    """The same with fewer products, for wide matrices and a type that leaves room for squared condition numbers.
 
     Each step multiplies X by a polynomial of G = X X^T, and all those polynomials commute. So the steps only update
     G and the product Q of the polynomials, both min(R, C) squared, and X is multiplied once at the end.
     """
-    x = matrices.float()
-    if tall := x.shape[-2] > x.shape[-1]:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     a, b, c = NEWTON_SCHULZ
     gram = x @ x.mT  # (N, S, S), as all that follow
     identity = torch.eye(gram.shape[-1], device=x.device)
-    product = None
+    product: torch.Tensor | None = None
     for left in reversed(range(NEWTON_SCHULZ_STEPS)):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
         product = polynomial if product is None else polynomial @ product
         if left:
             gram = polynomial @ gram @ polynomial
-    x = product @ x
-    return x.mT if tall else x
+    assert product is not None
+    return product @ x
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -102,7 +119,8 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     )
     if not muon:
         return [adamw]
-    return [adamw, Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return [adamw, Muon(matrices, config.muon_learning_rate, config.weight_decay, dtype=dtype)]
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], config: TrainingConfig, step: int) -> float:

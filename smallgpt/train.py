@@ -55,8 +55,10 @@ def train(
         FloatingPointError: the loss or the gradient is not finite; nothing was updated with it.
         StoppedError: SIGINT or SIGTERM; the state was saved and the next call goes on from it.
     """
-    settings = config.training
-    device = pick_device(settings.device)
+    device = pick_device(config.training.device)
+    precision = pick_precision(config.training.precision, device)
+    settings = config.training.model_copy(update={"precision": precision})
+    config = config.model_copy(update={"training": settings})
     threads = settings.threads or processors()
     data = {split: TokenFile.load(tokens, split) for split in ("train", "valid")}
     check_tokens(data, tokenizer, config)
@@ -129,6 +131,15 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("training.device is cuda, but PyTorch sees no CUDA device; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the processor or GPU multiplies matrices in it, and else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 
 
 def check_tokens(data: dict[str, TokenFile], tokenizer: Tokenizer, config: Config) -> None:

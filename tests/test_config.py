@@ -154,7 +154,7 @@ def test_unknown_parameters(sections: dict[Any, Any], message: str) -> None:
         ("training", "max_steps", "1E+3", "it should be a valid integer"),
         ("training", "optimizer", "sgd", "it should be 'adamw' or 'muon'"),
         ("training", "lr_schedule", "constant", "it should be 'cosine' or 'linear'"),
-        ("training", "precision", "fp8", "it should be 'bf16', 'fp16' or 'fp32'"),
+        ("training", "precision", "fp8", "it should be 'auto', 'bf16', 'fp16' or 'fp32'"),
         ("training", "compile", "yes", "it should be 'auto', True or False"),
         ("training", "resume", "always", "it should be 'auto' or 'never'"),
         ("training", "seed", 2**32, "it should be less than 4294967296"),

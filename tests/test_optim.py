@@ -137,11 +137,12 @@ def test_saved_optimizers_go_on_to_the_bit(optimizer: str, tmp_path: Path) -> No
     assert not torch.equal(model.wte.weight, fresh_model.wte.weight)  # the state does matter
 
 
-def test_singular_values_move_to_one() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_singular_values_move_to_one(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     for shape in ((3, 8, 8), (2, 5, 30), (2, 30, 5)):
         matrices = torch.randn(shape, generator=draw)
-        result = orthogonalized(matrices)
+        result = orthogonalized(matrices, dtype).float()
         assert result.shape == shape
         assert torch.linalg.svdvals(result).min() > 0.6
         assert torch.linalg.svdvals(result).max() < 1.3
@@ -149,12 +150,13 @@ def test_singular_values_move_to_one() -> None:
         assert ((left @ right) * result).sum() / result.norm() / shape[0] ** 0.5 / min(shape[1:]) ** 0.5 > 0.97
 
 
-def test_muon_updates_as_that_of_pytorch() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_updates_as_that_of_pytorch(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=draw) for shape in ((24, 8), (8, 24), (8, 8), (8, 8))]
     ours, theirs = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
     settings = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.95}
-    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    optimizers = [Muon(ours, **settings, dtype=dtype), torch.optim.Muon(theirs, **settings)]
     for _ in range(4):
         gradients = [torch.randn(value.shape, generator=draw) for value in values]
         for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):

@@ -197,6 +197,21 @@ def test_resume_never_starts_anew(runner: Runner, caplog: pytest.LogCaptureFixtu
     assert runner.outs == expected
 
 
+@pytest.mark.parametrize(("units", "precision"), [({"amx_bf16": True}, "bf16"), ({}, "fp32")])
+def test_auto_is_bf16_where_the_processor_multiplies_in_it(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, units: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    runner(configure(precision="auto", max_steps=4))
+    found = runner.outs
+    runner.clear()
+    runner(configure(precision=precision, max_steps=4))
+    assert runner.outs == found
+    runner.clear()
+    runner(configure(precision={"bf16": "fp32", "fp32": "bf16"}[precision], max_steps=4))
+    assert runner.outs != found
+
+
 def test_checkpoint_interval_does_not_change_the_result(runner: Runner) -> None:
     runner(RECIPES["adamw"])
     expected = runner.outs
