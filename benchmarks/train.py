@@ -3,6 +3,7 @@
     python benchmarks/train.py --shape gpt2 --precision bf16            # all contenders, about 5 minutes on 2 cores
     python benchmarks/train.py --only ours --variant base,dropout,ema   # what the options cost
     python benchmarks/train.py --startup --mode compiled --only ours    # time to the first step, twice
+    python benchmarks/train.py --profile --mode compiled --precision bf16    # the operators of our step
 
 Every contender lives in a process of its own, so that peak memory is its own; after two warm-up steps they take turns,
 one step each a round, and the median of the rounds counts. Same weights, batches, AdamW (fused, same groups),
@@ -11,6 +12,7 @@ reports/bench/train.md is written.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -353,6 +355,22 @@ def startup(job: Job) -> dict[str, Any]:
     return {"first_start_seconds": seconds[0], "second_start_seconds": seconds[1]}
 
 
+def profile(job: Job) -> str:
+    """The operators of three steps, those that take the most time themselves first."""
+    import torch
+
+    torch.set_num_threads(job.threads or len(os.sched_getaffinity(0)))
+    step = our_step(job)
+    step()
+    step()
+    with torch.profiler.profile() as recorded:
+        for _ in range(3):
+            step()
+    order = f"self_{job.device}_time_total"
+    text: str = recorded.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+    return text
+
+
 def machine(device: str) -> dict[str, str]:
     """What the numbers depend on, and nothing personal."""
     from smallgpt.machine import describe_machine
@@ -420,6 +438,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--startup", action="store_true", help="measure the time to the first step, twice, instead")
+    parser.add_argument("--profile", action="store_true", help="print the operators of our step instead")
     parser.add_argument("--out", type=Path, default=ROOT / "reports/bench/train.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -432,6 +451,13 @@ def main(arguments: list[str] | None = None) -> int:
     modes = choices(options.mode, ("eager", "compiled"), "--mode")
     if min(options.steps, options.per_round) < 1:
         raise ValueError("--steps and --per-round must be at least 1")
+    common = {key: getattr(options, key) for key in ("seq_len", "batch_size", "device", "threads")}
+    precisions = choices(options.precision, ("fp32", "bf16"), "--precision")
+    if options.profile:
+        for shape, precision, mode, variant in itertools.product(shapes, precisions, modes, variants):
+            job = Job("ours", shape, precision, mode, variant, **common)
+            print(job.name, profile(job), sep="\n")
+        return 0
     report = json.loads(options.out.read_text()) if options.out.is_file() else {}
     described = machine(options.device)
     if report.get("machine", described) != described:
@@ -439,8 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{options.out} holds results of another machine or PyTorch; move it away or name another --out"
         )
     report = {"machine": described, "results": report.get("results", {}), "startup": report.get("startup", {})}
-    common = {key: getattr(options, key) for key in ("seq_len", "batch_size", "device", "threads")}
-    for precision in choices(options.precision, ("fp32", "bf16"), "--precision"):
+    for precision in precisions:
         for shape in shapes:
             jobs = []
             for variant in variants:

@@ -42,6 +42,15 @@ def test_calls_add_up_in_one_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_profile_names_the_operators_of_our_step(tmp_path: Path) -> None:
+    done = bench("--profile", "--shape", "tiny-gpt2", "--threads", "1", "--out", str(tmp_path / "train.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tiny-gpt2 T=32 B=4 fp32 eager base ours\n")
+    assert all(name in done.stdout for name in ("aten::mm", "aten::_fused_adamw_", "Self CPU time total"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_refusals(tmp_path: Path) -> None:
     done = bench("--shape", "huge", "--out", str(tmp_path / "train.json"))
     assert done.returncode == 2
