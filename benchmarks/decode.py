@@ -145,6 +145,12 @@ def greedy(model: engines.Engine, ids: np.ndarray, context: int) -> list[list[in
     return [model.text(ids[i : i + 16], CHECK_TOKENS, context) for i in range(0, CHECK_PROMPTS * 16, 16)]
 
 
+def last_logits(model: engines.Engine, ids: np.ndarray, context: int) -> list[float]:
+    """Logits (V,) after all ids."""
+    found: list[float] = model.logits(ids.astype(np.int64))[-1].tolist()
+    return found
+
+
 def nats(model: engines.Engine, ids: np.ndarray, context: int) -> float:
     """Sum of the negative log-probabilities of all ids but the first of each window of the context."""
     total = 0.0
@@ -183,7 +189,8 @@ def worker(task: str, *arguments: str) -> object:
         return bandwidth(int(arguments[0]))
     engine, kind, path, threads, ids, context = arguments
     model = open_engine(engine, kind, Path(path), int(threads))
-    return {"measure": measure, "greedy": greedy, "nats": nats}[task](model, np.load(ids), int(context))
+    tasks = {"measure": measure, "greedy": greedy, "last_logits": last_logits, "nats": nats}
+    return tasks[task](model, np.load(ids), int(context))
 
 
 def start(task: str, *arguments: object) -> Any:
@@ -219,7 +226,21 @@ def run(
     texts = {
         engine: start("greedy", *loaded[width, engine], random, context) for width, engine in pairs if width == "fp32"
     }
-    same = {e: sum(a == b for a, b in zip(texts["ours"], t, strict=True)) for e, t in texts.items() if e != "ours"}
+    prompts = np.load(random)[: 16 * CHECK_PROMPTS].reshape(CHECK_PROMPTS, 16)
+
+    def gap(number: int, other: list[int]) -> float:
+        """How much ours prefers its own id where another engine's text parts from it."""
+        own = texts["ours"][number]
+        i = next(i for i in range(CHECK_TOKENS) if own[i] != other[i])
+        np.save(work / "parted.npy", np.concatenate([prompts[number], own[:i]]))
+        logits = start("last_logits", *loaded["fp32", "ours"], work / "parted.npy", context)
+        return float(logits[own[i]] - logits[other[i]])
+
+    same = {}
+    for engine in [engine for engine in texts if engine != "ours"]:
+        gaps = [gap(i, text) for i, text in enumerate(texts[engine]) if text != texts["ours"][i]]
+        apart = f" (logits {', '.join(f'{value:.1g}' for value in gaps)} apart where texts part)" if gaps else ""
+        same[engine] = f"{CHECK_PROMPTS - len(gaps)} of {CHECK_PROMPTS}{apart}"
     size = len(text_of(scored[1:], exports / "fp32"))
     bits = {pair: start("nats", *loaded[pair], text, context) / math.log(2) / size for pair in pairs}
     speed = start("bandwidth", threads)
@@ -236,7 +257,7 @@ def run(
         "model": config,
         "versions": {name: _version(python(engine), name) for engine, name in PACKAGES.items() if engine in names},
         "rounds": rounds,
-        "greedy fp32 texts equal to ours": {engine: f"{count} of {CHECK_PROMPTS}" for engine, count in same.items()},
+        "greedy fp32 texts equal to ours": same,
         "memory bytes per second": speed,
         "cold start of int8, seconds": statistics.median(cold),
         "median": {},
