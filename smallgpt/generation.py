@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from smallgpt.bundle import MANY_TOKENS
 from smallgpt.sampling import GenerationConfig, log_softmax, sample
 from smallgpt.speculation import Speculation
 from smallgpt.tokenizer import TextStream, Tokenizer
@@ -123,8 +124,8 @@ class Batch:
 
     Args:
         capacity: tokens of the longest sequence, the context's size by default.
-        even: run an even number of rows, always: quantised kernels compute rows in pairs, and an odd last one in
-            another way.
+        even: run an even number of rows, always, and short prompts apart from long ones: quantised kernels compute
+            rows in pairs, an odd last one in another way, and long prompts in yet another.
         speculate: while one sequence is alone, guess up to so many tokens ahead by looking for its last words in what
             stands before (prompt lookup), and check them in one run. The text stays what it would have been.
         slide: at the end of the context, read its last half again and go on.
@@ -208,7 +209,11 @@ class Batch:
             pieces += self._plain_step()
         joining.sort(key=lambda row: len(row.ids), reverse=True)
         while joining:  # at most half of what is computed together is padding
-            alike = [row for row in joining if 2 * len(row.ids) >= len(joining[0].ids)]
+            longest = len(joining[0].ids)
+            least = longest / 2
+            if self.even and longest >= MANY_TOKENS:  # quantised graphs read shorter prompts in another way
+                least = max(least, MANY_TOKENS)
+            alike = [row for row in joining if len(row.ids) >= least]
             joining = joining[len(alike) :]
             pieces += self._fill(alike)
         ended = {piece.sequence for piece in pieces if piece.finish}

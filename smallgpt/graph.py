@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from smallgpt.bundle import MANY_TOKENS
 from smallgpt.config import ModelConfig
 from smallgpt.quantize import Quantized
 
 CONTRIB = "com.microsoft"
 EPSILON = 1e-5
-MANY_TOKENS = 9  # from so many new tokens of a sequence on its quantised matrices are multiplied in integers
 
 
 class _Builder:
@@ -168,7 +168,7 @@ def build_graph(
         _add_decoder(graph, weights, config, rope, cache_scales)
         return _model(graph, config, cache_dtype)
     # MatMulNBits multiplies few rows fastest, integers many. Which way a sequence goes depends on the number of its own
-    # tokens alone, because prompts that are filled together have the same length.
+    # tokens alone, because long prompts and short ones are filled apart.
     tokens = graph.add("Shape", ["input_ids"], "tokens_each", start=1)
     condition = graph.add("Less", [tokens, graph.constant("many", np.array([MANY_TOKENS]))], "few")
     branches = {}

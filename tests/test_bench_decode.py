@@ -47,4 +47,4 @@ def test_engines_that_nobody_knows() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/decode.py"), "--engines", "vLLM"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--engines names vLLM; known are llama.cpp, CTranslate2, Transformers" in done.stderr
+    assert "--engines names vLLM; known are llama.cpp, CTranslate2, onnxruntime-genai, Transformers" in done.stderr

@@ -17,12 +17,13 @@ import tiny
 import torch
 
 from smallgpt import export as export_module
-from smallgpt.bundle import FILES
+from smallgpt.bundle import FILES, MANY_TOKENS
 from smallgpt.cli import MismatchError
 from smallgpt.config import ExportConfig
 from smallgpt.export import VARIANTS, export, library_hashes, second_moments
 from smallgpt.files import sha256_bytes, sha256_file
-from smallgpt.graph import MANY_TOKENS, _Builder
+from smallgpt.generation import Batch
+from smallgpt.graph import _Builder
 from smallgpt.model import SmallGPT
 from smallgpt.quantize import Quantized, quantize, quantize_weights
 from smallgpt.runtime import OrtGPT, check_golden
@@ -253,6 +254,20 @@ def test_company_does_not_change_the_digits_of_long_prompts(pair, variant: str) 
     together = served.prefill(rows).copy()
     for row, logits in zip(rows, together, strict=True):
         assert np.array_equal(served.prefill(row[None])[0], logits)
+
+
+def test_short_prompts_are_filled_apart_from_long_ones(pair) -> None:
+    served = OrtGPT(pair[1] / "int8", device="cpu", threads=2, verify=False)
+    config = GenerationConfig(temperature=0.0, max_new_tokens=1)
+    prompts = [random_ids(length).tolist() for length in range(MANY_TOKENS - 3, MANY_TOKENS + 4)]
+
+    def logprobs(*chosen: list[int]) -> list[float | None]:
+        batch = Batch(served, len(chosen), even=True)
+        for key, prompt in enumerate(chosen):
+            batch.add(key, prompt, config, logprobs=0)
+        return [piece.logprob for piece in sorted(batch.step(), key=lambda piece: piece.sequence)]
+
+    assert logprobs(*prompts) == [logprobs(prompt)[0] for prompt in prompts]
 
 
 def test_the_graph_has_exactly_the_intended_nodes(pair) -> None:
