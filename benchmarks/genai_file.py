@@ -20,11 +20,8 @@ def write_genai(bundle: Path, folder: Path) -> None:
     graph.graph.ClearField("input")
     graph.graph.input.extend(kept)
     graph.graph.node[-1].output[0] = "rows"  # (B, V)
-    nodes = [
-        *_prefix(),
-        *graph.graph.node,
-        helper.make_node("Unsqueeze", ["rows", "genai_axis"], ["logits"]),
-    ]  # (B, 1, V)
+    last = helper.make_node("Unsqueeze", ["rows", "genai_axis"], ["logits"])  # (B, 1, V)
+    nodes = [*_prefix(), *graph.graph.node, last]
     graph.graph.ClearField("node")
     graph.graph.node.extend(nodes)
     numbers = {"genai_axis": np.array([1]), "genai_one": np.array(1)}

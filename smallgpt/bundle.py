@@ -17,7 +17,6 @@ from smallgpt.sampling import GenerationConfig
 CONTRACT = 1
 CONFIG, MODEL, TOKENIZER = "config.json", "model.onnx", "tokenizer.model"
 GENERATION, CERTIFICATE = "generation_config.json", "parity.json"
-MANY_TOKENS = 9  # from so many new tokens of a sequence on a quantised graph multiplies them in another way
 FILES = (MODEL, TOKENIZER, GENERATION, CERTIFICATE)
 
 

@@ -12,10 +12,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from smallgpt.bundle import MANY_TOKENS
 from smallgpt.sampling import GenerationConfig, log_softmax, sample
 from smallgpt.speculation import Speculation
 from smallgpt.tokenizer import TextStream, Tokenizer
+
+MANY_TOKENS = 9  # from so many new tokens of a sequence on a quantised graph multiplies them in another way
 
 Finish = Literal["eos", "stop", "length", "time", "interrupted"]
 

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from smallgpt.bundle import MANY_TOKENS
 from smallgpt.config import ModelConfig
+from smallgpt.generation import MANY_TOKENS
 from smallgpt.quantize import Quantized
 
 CONTRIB = "com.microsoft"
 EPSILON = 1e-5
+MOST_COLUMNS = 512  # of a row that share a scale in integer products: fewer round less and cost time
 
 
 class _Builder:
@@ -79,15 +80,28 @@ class _Builder:
         return self.add("MatMulNBits", inputs, output, domain=CONTRIB, accuracy_level=4, **shape)
 
     def by_integers(self, x: str, name: str, weight: Quantized, output: str) -> str:
-        """x W^T in integers of 8 bits: a row of x has a scale of its own, so its result depends on no other row.
+        """x W^T in integers of 8 bits; the matrix gets new levels, one scale an output, when a session starts.
 
-        The matrix gets new levels, with one scale for each output, when a session starts.
+        A row of x has scales of its own, one for each MOST_COLUMNS, so its result depends on no other row.
         """
+        levels, scales = self.columns(name, weight)
+        count = -(-weight.columns // MOST_COLUMNS)
+        if count == 1:
+            return self.integers_of(x, levels, scales, output)
+        sizes = [len(part) for part in np.array_split(np.arange(weight.columns), count)]
+        self.constant(f"{name}.sizes", np.array(sizes))
+        inputs, matrices = ([f"{of}.part{i}" for i in range(count)] for of in (output, name))
+        self.add("Split", [x, f"{name}.sizes"], *inputs, axis=-1)
+        self.add("Split", [levels, f"{name}.sizes"], *matrices, axis=0)
+        pairs = zip(inputs, matrices, strict=True)
+        return self.add("Sum", [self.integers_of(x, w, scales, f"{x}.product") for x, w in pairs], output)
+
+    def integers_of(self, x: str, levels: str, scales: str, output: str) -> str:
+        """Rows (..., K) with one scale each, times levels (K, N) int8 with scales (N,)."""
         self.constant("last", np.array([-1]))
         self.constant("level", np.array(1 / 127, np.float32))
         self.constant("one", np.array(1, np.float32))
         self.constant("middle", np.array(128, np.uint8))
-        levels, scales = self.columns(name, weight)
         largest = self.add("Abs", [x], f"{output}.abs")
         largest = self.add("ReduceMax", [largest, "last"], f"{output}.max")  # (..., 1)
         step = self.add("Mul", [largest, "level"], f"{output}.step")

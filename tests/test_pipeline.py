@@ -29,7 +29,7 @@ NO_DEPS_OF = {
     # reached through GPTTrainer and SmallGPT.generate, which the stage does not call
     "train": {
         *("corpus.py", "download.py", "stories.py"),
-        *("decode.py", "beams.py", "generation.py", "speculation.py", "sampling.py", "bundle.py"),
+        *("decode.py", "beams.py", "generation.py", "speculation.py", "sampling.py"),
     },
 }
 
