@@ -105,6 +105,25 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * value)  # (B, T, D)
 
 
+class Dropout(nn.Module):
+    """Dropout that spends 8 random bits on a number, so the probability is a multiple of 1/256, at least one.
+
+    A draw of its own for each number, as in nn.Dropout, takes 18 % of a training step on 2 cores.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.dropped = min(max(1, round(256 * p)), 255) if p else 0  # values of a byte, out of 256
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.dropped:
+            return x
+        draws = torch.randint(-(2**63), 2**63 - 1, (math.ceil(x.numel() / 8),), device=x.device)
+        byte = draws.view(torch.uint8)[: x.numel()].view(x.shape)
+        # Compared as floats: the compiler turns a mask of bytes into one of floats slowly.
+        return torch.where(byte.float() >= self.dropped, x * (256 / (256 - self.dropped)), 0.0)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with dropout on both residual branches."""
 
@@ -115,7 +134,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = norm(config.embed_dim, eps=NORM_EPS)
         self.mlp = mlp(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None
@@ -139,7 +158,7 @@ class SmallGPT(nn.Module):
         gpt2 = config.architecture == "gpt2"
         self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
         self.wpe = nn.Embedding(config.max_seq_len, config.embed_dim) if gpt2 else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.cos: Tensor
         self.sin: Tensor
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))

@@ -6,9 +6,9 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from smallgpt.model import Cache, SmallGPT, gelu, next_token_loss, rotary_tables, rotate
+from smallgpt.model import Cache, Dropout, SmallGPT, gelu, next_token_loss, rotary_tables, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ARCHITECTURES = ["gpt2", "llama"]
@@ -157,7 +157,7 @@ def test_dropout_is_on_embeddings_and_residuals_alone(architecture: str) -> None
     model = SmallGPT(architecture=architecture, dropout=0.5, **SMALL)
     applied = []
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, Dropout):
             module.register_forward_hook(lambda module, args, output: applied.append(output))
     ids = random_ids(model, 1, 16)
     plain = SmallGPT(architecture=architecture, dropout=0.0, **SMALL)
@@ -175,6 +175,30 @@ def test_dropout_is_on_embeddings_and_residuals_alone(architecture: str) -> None
     block = model.h[0]
     assert torch.equal(block.attn(x, rotary, None)[0], block.attn(x, rotary, None)[0])
     assert not torch.equal(block(x, rotary, None)[0], block(x, rotary, None)[0])
+
+
+@pytest.mark.parametrize(("p", "dropped"), [(1e-9, 1), (0.1, 26), (0.5, 128), (0.999999, 255)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_and_draws_every_number_alone(p: float, dropped: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dropout = Dropout(p)
+    x = torch.ones(999, 1001, dtype=dtype, requires_grad=True)  # not a multiple of four
+    y = dropout(x)
+    y.sum().backward()
+    kept = y != 0
+    share = 1 - dropped / 256
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    assert abs(kept.double().mean() - share) < 5 * (share * (1 - share) / x.numel()) ** 0.5
+    assert torch.equal(y, torch.where(kept, torch.tensor(1 / share, dtype=dtype), 0))
+    assert torch.equal(x.grad, y)  # the same mask on the way back
+    for step in range(1, 5):  # neighbours, those of one draw and of the next, are independent
+        both = (kept[:, step:] & kept[:, :-step]).double().mean()
+        assert abs(both - share**2) < 5 * (share**2 * (1 - share**2) * 2 / x.numel()) ** 0.5
+    assert not torch.equal(dropout(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x
 
 
 def test_rotary_tables_are_rounded_right() -> None:
