@@ -252,10 +252,13 @@ class Batch:
             pieces = self._plain_step()
             self.speculation.plain(time.perf_counter() - begin)
             return pieces
-        logits = self.model.extend(0, [row.ids[-1], *guess])
+        tokens = [row.ids[-1], *guess]
+        few = MANY_TOKENS - 1  # at a time, as quantised graphs multiply a single token
         pieces = []
         for i, guessed in enumerate([*guess, None]):
-            pieces.append(self._draw(row, logits[i]))
+            if i % few == 0:
+                logits = self.model.extend(0, tokens[i : i + few])
+            pieces.append(self._draw(row, logits[i % few]))
             if pieces[-1].finish or pieces[-1].token != guessed:
                 break
         self.model.lengths[0] = before + len(pieces)

@@ -378,6 +378,22 @@ def test_guessing_ahead_goes_on_after_sliding() -> None:
     assert batch.speculation.accepted > 100
 
 
+@pytest.mark.parametrize("variant", ["fp32", "int8", "int4"])
+def test_long_guesses_are_checked_as_single_tokens_are(tmp_path: Path, variant: str) -> None:
+    """On a quantised graph too, which multiplies more than a few tokens with their inputs rounded in another way."""
+    model = OrtGPT(tiny.write_bundles(tmp_path, tiny.random_model("gpt2"), [variant]) / variant, threads=1)
+    config = GenerationConfig(temperature=0, max_new_tokens=60, ignore_eos=True)
+    expected = alone(model, [3, 9], config, logprobs=1)
+    batch = Batch(model, 1, speculate=30)
+    known = [3, 9, *tokens(expected)]
+    batch.speculation.propose = lambda ids, room: known[len(ids) : len(ids) + min(30, room)]  # type: ignore[method-assign]
+    batch.add(0, [3, 9], config, logprobs=1)
+    found = drain(batch)[0]
+    assert tokens(found) == tokens(expected)
+    assert max(abs(a.logprob - b.logprob) for a, b in zip(found, expected, strict=True)) < 1e-4
+    assert batch.speculation.accepted > 50
+
+
 def test_guesses_wait_while_several_sequences_run(model: Any) -> None:
     config = GenerationConfig(temperature=0, max_new_tokens=20, ignore_eos=True)
     batch = Batch(model, 2, speculate=6)
