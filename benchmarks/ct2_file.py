@@ -24,6 +24,7 @@ def write_ct2(model: Path, folder: Path) -> None:
             "rotary_dim": head_dim,
             "rotary_interleave": False,
             "num_heads_kv": config["num_kv_heads"],
+            "qk_norm": config["architecture"] == "qwen3",
         }
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
         config["num_layers"], config["num_heads"], pre_norm=True, **options
@@ -49,6 +50,9 @@ def write_ct2(model: Path, folder: Path) -> None:
         name = f"h.{i}"
         set_norm(layer.self_attention.layer_norm, f"{name}.ln_1")
         set_linear(layer.self_attention.linear[0], f"{name}.attn.qkv")
+        if config["architecture"] == "qwen3":
+            set_norm(layer.self_attention.q_norm, f"{name}.attn.q_norm")
+            set_norm(layer.self_attention.k_norm, f"{name}.attn.k_norm")
         set_linear(layer.self_attention.linear[1], f"{name}.attn.proj")
         set_norm(layer.ffn.layer_norm, f"{name}.ln_2")
         half = len(weights[f"{name}.mlp.up.weight"]) // 2

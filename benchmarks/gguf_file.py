@@ -9,6 +9,8 @@ from safetensors.numpy import load_file
 
 BLOCK_NAMES = {
     "attn.qkv": "attn_qkv",
+    "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm",
     "attn.proj": "attn_output",
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
@@ -65,7 +67,7 @@ def write_gguf(model: Path, path: Path, kind: str) -> None:
 
 
 def _renamed(name: str, array: np.ndarray, config: dict) -> dict[str, np.ndarray]:
-    """One of our tensors under llama.cpp's names: split and permuted where its `llama` wants that."""
+    """One of our tensors under llama.cpp's names: split and permuted where it wants that."""
     stem, end = name.rsplit(".", 1)
     if stem in OTHER_NAMES:
         return {f"{OTHER_NAMES[stem]}.{end}": array}
@@ -79,13 +81,15 @@ def _renamed(name: str, array: np.ndarray, config: dict) -> dict[str, np.ndarray
     heads, kv_heads = config["num_heads"], config["num_kv_heads"] or config["num_heads"]
     head_dim = config["embed_dim"] // heads
     q, k, v = np.split(array, np.cumsum([heads * head_dim, kv_heads * head_dim]))
+    if config["architecture"] == "llama":
+        q, k = _interleaved(q, heads), _interleaved(k, kv_heads)
     return {
-        f"{block}.attn_q.{end}": _interleaved(q, heads),
-        f"{block}.attn_k.{end}": _interleaved(k, kv_heads),
+        f"{block}.attn_q.{end}": q,
+        f"{block}.attn_k.{end}": k,
         f"{block}.attn_v.{end}": v,
     }
 
 
 def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp rotates neighbouring rows of a head together; we, as Transformers, those half a head apart."""
+    """For its `llama` llama.cpp rotates neighbouring rows of a head together; we, as Transformers, those half apart."""
     return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)

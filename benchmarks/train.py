@@ -93,7 +93,7 @@ class Job:
         from smallgpt.config import ModelConfig
 
         c = ModelConfig(**self.model)
-        gates = 2 if c.architecture == "llama" else 1
+        gates = 1 if c.architecture == "gpt2" else 2
         qkv = (c.num_heads + 2 * c.kv_heads) * c.head_dim
         layers = [(c.embed_dim, qkv), (c.embed_dim, c.embed_dim)]
         layers += [(c.embed_dim, gates * c.hidden_dim), (c.hidden_dim, c.embed_dim)]

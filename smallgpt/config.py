@@ -73,7 +73,7 @@ class TokenizerConfig(Section):
 class ModelConfig(Section):
     """The shape of the network. The defaults are a 24.6M parameter GPT-2."""
 
-    architecture: Literal["gpt2", "llama"] = "gpt2"
+    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"
     vocab_size: Annotated[int, Field(ge=261, le=2**31 - 1)] = 10_000
     embed_dim: Count = 512
     num_heads: Count = 8
@@ -90,8 +90,8 @@ class ModelConfig(Section):
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
         if self.architecture == "gpt2" and self.num_kv_heads not in (None, self.num_heads):
-            raise ValueError("num_kv_heads must be null for architecture gpt2; llama has grouped heads")
-        if self.architecture == "llama" and (self.embed_dim // self.num_heads) % 2:
+            raise ValueError("num_kv_heads must be null for architecture gpt2; llama and qwen3 have grouped heads")
+        if self.architecture != "gpt2" and (self.embed_dim // self.num_heads) % 2:
             raise ValueError("embed_dim / num_heads must be even for rotary positions")
         return self
 
@@ -105,7 +105,7 @@ class ModelConfig(Section):
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: 4 D for gpt2; 8/3 D rounded up to a multiple of 64 for llama."""
+        """Width of the feed-forward layer: 4 D for gpt2; else 8/3 D rounded up to a multiple of 64."""
         if self.ffn_dim:
             return self.ffn_dim
         if self.architecture == "gpt2":

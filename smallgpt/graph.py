@@ -1,9 +1,9 @@
 """The decoder as an ONNX graph, built node by node: exact nodes, stable names, the same bytes every time.
 
-The nodes are those ONNX Runtime is fastest with: GroupQueryAttention on packed q, k and v with a cache that past and
-present share in place, FastGelu (tanh) with its bias, on a GPU SkipLayerNormalization, and for quantised weights
-GatherBlockQuantized, MatMulNBits, which rounds its inputs to 8 bits by blocks, and where there are many tokens
-MatMulIntegerToFloat. Operators: onnxruntime, docs/ContribOperators.md.
+The nodes are those ONNX Runtime is fastest with: GroupQueryAttention on packed q, k and v (apart for qwen3) with a
+cache that past and present share in place, FastGelu (tanh) with its bias, on a GPU SkipLayerNormalization, and for
+quantised weights GatherBlockQuantized, MatMulNBits, which rounds its inputs to 8 bits by blocks, and where there are
+many tokens MatMulIntegerToFloat. Operators: onnxruntime, docs/ContribOperators.md.
 
 Shapes: B sequences, S new tokens each, D = embed_dim, V = vocab_size, M = capacity of the cache, N = wanted logits.
 """
@@ -13,129 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
+from smallgpt.builder import CONTRIB, GraphBuilder
 from smallgpt.config import ModelConfig
 from smallgpt.generation import MANY_TOKENS
 from smallgpt.quantize import Quantized
 
-CONTRIB = "com.microsoft"
 EPSILON = 1e-5
-MOST_COLUMNS = 512  # of a row that share a scale in integer products: fewer round less and cost time
-
-
-class _Builder:
-    """Collects nodes and weights; every node is named after its first output."""
-
-    def __init__(self, dtype: str, constants: dict[str, TensorProto] | None = None, *, integers: bool = False) -> None:
-        """`constants` may be another builder's; `integers` multiplies quantised matrices as `by_integers` does."""
-        self.dtype, self.integers = np.dtype(dtype), integers
-        self.nodes: list[NodeProto] = []
-        self.constants = {} if constants is None else constants
-
-    def weight(self, name: str, array: np.ndarray) -> str:
-        """Store a float array under `name` in the graph's precision."""
-        return self.constant(name, array.astype(self.dtype))
-
-    def constant(self, name: str, array: np.ndarray) -> str:
-        """Store an array under `name` as it is."""
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return name
-
-    def add(self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: Any) -> str:
-        """Append a node and return its first output."""
-        self.nodes.append(helper.make_node(op, inputs, outputs, outputs[0], domain=domain, **attributes))
-        return outputs[0]
-
-    def table(self, name: str, table: np.ndarray | Quantized, rows: str, output: str) -> str:
-        """Store a table (N, D) and look up `rows` of it, (B, S) -> (B, S, D)."""
-        if not isinstance(table, Quantized):
-            return self.add("Gather", [self.weight(name, table), rows], output)
-        self.quantized(name, table)
-        # MatMulNBits wants its blocks in three dimensions, the look-up in two. This is folded when a session starts.
-        flat = self.add("Reshape", [name, self.constant(f"{name}.flat", np.array([0, -1]))], f"{name}.rows")
-        width, inputs = len(table.scales[0]) * table.block, [flat, rows, f"{name}.scales"]
-        layout = {"bits": table.bits, "block_size": table.block, "gather_axis": 0, "quantize_axis": 1}
-        if width == table.columns:
-            return self.add("GatherBlockQuantized", inputs, output, domain=CONTRIB, **layout)
-        padded = self.add("GatherBlockQuantized", inputs, f"{output}.padded", domain=CONTRIB, **layout)
-        bounds = {"start": 0, "end": table.columns, "axis": 2}
-        ends = [self.constant(f"{output}.{key}", np.array([value])) for key, value in bounds.items()]
-        return self.add("Slice", [padded, *ends], output)
-
-    def quantized(self, name: str, weight: Quantized) -> None:
-        """Store the levels and scales of a matrix."""
-        self.constant(name, weight.values)
-        self.constant(f"{name}.scales", weight.scales)
-
-    def product(self, x: str, name: str, weight: Quantized, output: str, bias: str = "") -> str:
-        """x W^T (+ bias) for a matrix (N, K) that is stored: (..., K) -> (..., N)."""
-        if self.integers:
-            x = self.by_integers(x, name, weight, f"{name}.product" if bias else output)
-            return self.add("Add", [x, bias], output) if bias else x
-        inputs = [x, name, f"{name}.scales", *(["", "", bias] if bias else [])]
-        shape = {"K": weight.columns, "N": len(weight.values), "bits": weight.bits, "block_size": weight.block}
-        # Level 4 computes with inputs in 8 bits; the others turn the weights into floats first, which is slow.
-        return self.add("MatMulNBits", inputs, output, domain=CONTRIB, accuracy_level=4, **shape)
-
-    def by_integers(self, x: str, name: str, weight: Quantized, output: str) -> str:
-        """x W^T in integers of 8 bits; the matrix gets new levels, one scale an output, when a session starts.
-
-        A row of x has scales of its own, one for each MOST_COLUMNS, so its result depends on no other row.
-        """
-        levels, scales = self.columns(name, weight)
-        count = -(-weight.columns // MOST_COLUMNS)
-        if count == 1:
-            return self.integers_of(x, levels, scales, output)
-        sizes = [len(part) for part in np.array_split(np.arange(weight.columns), count)]
-        self.constant(f"{name}.sizes", np.array(sizes))
-        inputs, matrices = ([f"{of}.part{i}" for i in range(count)] for of in (output, name))
-        self.add("Split", [x, f"{name}.sizes"], *inputs, axis=-1)
-        self.add("Split", [levels, f"{name}.sizes"], *matrices, axis=0)
-        pairs = zip(inputs, matrices, strict=True)
-        return self.add("Sum", [self.integers_of(x, w, scales, f"{x}.product") for x, w in pairs], output)
-
-    def integers_of(self, x: str, levels: str, scales: str, output: str) -> str:
-        """Rows (..., K) with one scale each, times levels (K, N) int8 with scales (N,)."""
-        self.constant("last", np.array([-1]))
-        self.constant("level", np.array(1 / 127, np.float32))
-        self.constant("one", np.array(1, np.float32))
-        self.constant("middle", np.array(128, np.uint8))
-        largest = self.add("Abs", [x], f"{output}.abs")
-        largest = self.add("ReduceMax", [largest, "last"], f"{output}.max")  # (..., 1)
-        step = self.add("Mul", [largest, "level"], f"{output}.step")
-        scaled = self.add("Div", [x, step], f"{output}.scaled")
-        rounded = self.add("QuantizeLinear", [scaled, "one", "middle"], f"{output}.rounded")
-        inputs = [rounded, levels, "one", scales, "middle"]
-        product = self.add("MatMulIntegerToFloat", inputs, f"{output}.integers", domain=CONTRIB)
-        return self.add("Mul", [product, step], output)
-
-    def columns(self, name: str, weight: Quantized) -> tuple[str, str]:
-        """The stored matrix as levels (K, N) int8 and scales (N,); all of it is folded when a session starts."""
-        outputs, blocks = weight.scales.shape
-        x = name
-        if weight.bits == 4:
-            low = self.add("BitwiseAnd", [x, self.constant("fifteen", np.array([15], np.uint8))], f"{name}.low")
-            high = self.add(
-                "BitShift", [x, self.constant("four", np.array([4], np.uint8))], f"{name}.high", direction="RIGHT"
-            )
-            pairs = [self.add("Unsqueeze", [part, "last"], f"{part}.pair") for part in (low, high)]
-            x = self.add("Concat", pairs, f"{name}.pairs", axis=-1)
-        x = self.add("Reshape", [x, self.constant(f"{name}.shape", np.array([outputs, -1]))], f"{name}.matrix")
-        zeros = self.constant(f"{name}.zeros", np.full(weight.scales.shape, 2 ** (weight.bits - 1), np.uint8))
-        x = self.add(
-            "DequantizeLinear", [x, f"{name}.scales", zeros], f"{name}.floats", axis=1, block_size=weight.block
-        )
-        if weight.block * blocks > weight.columns:
-            bounds = {"start": 0, "end": weight.columns, "axis": 1}
-            ends = [self.constant(f"{name}.{key}", np.array([value])) for key, value in bounds.items()]
-            x = self.add("Slice", [x, *ends], f"{name}.sliced")
-        scales = weight.scales[:, 0] if weight.bits == 8 else np.abs(weight.dequantized()).max(1) / 127
-        scales = np.where(scales == 0, 1, scales).astype(np.float32)
-        zeros = self.constant(f"{name}.column_zeros", np.zeros(outputs, np.int8))
-        x = self.add("QuantizeLinear", [x, self.constant(f"{name}.columns", scales), zeros], f"{name}.levels", axis=0)
-        return self.add("Transpose", [x], f"{name}.integers"), f"{name}.columns"
 
 
 def build_graph(
@@ -158,7 +43,7 @@ def build_graph(
         weights: the parameters by their names in SmallGPT, linear layers as (out, in); the matrices among them,
             embeddings included, may be quantised where dtype is "float32".
         dtype: "float32" or "float16": weights that are not quantised, activations and cache.
-        rope: for llama the cosines and sines (max_seq_len, head_dim / 2), else None.
+        rope: the cosines and sines (max_seq_len, head_dim / 2); None for gpt2.
         cache_scales: for a cache in int8 the steps between its levels, of keys and values (kv_heads, head_dim) for
             each layer.
 
@@ -171,12 +56,12 @@ def build_graph(
             f"embed_dim / num_heads is {config.head_dim}; ONNX Runtime's attention needs a multiple of {width} "
             f"for architecture {config.architecture}"
         )
-    # Queries are stored with the scores' factor, 1 / sqrt(head_dim), in them: products without one are faster.
-    weights = dict(weights)
-    for name in [name for name in weights if ".attn.qkv." in name]:
+    # The scores' factor, 1 / sqrt(head_dim), is in what makes the queries: products without one are faster.
+    weights, queries = dict(weights), ".attn.q_norm." if config.architecture == "qwen3" else ".attn.qkv."
+    for name in [name for name in weights if queries in name]:
         weights[name] = _scaled(weights[name], config.num_heads * config.head_dim, config.head_dim**-0.5)
 
-    graph = _Builder(dtype)
+    graph = GraphBuilder(dtype)
     cache_dtype = np.dtype("int8") if cache_scales else graph.dtype
     if not any(isinstance(weight, Quantized) for weight in weights.values()):
         _add_decoder(graph, weights, config, rope, cache_scales)
@@ -187,7 +72,7 @@ def build_graph(
     condition = graph.add("Less", [tokens, graph.constant("many", np.array([MANY_TOKENS]))], "few")
     branches = {}
     for branch, integers in (("then_branch", False), ("else_branch", True)):
-        part = _Builder(dtype, graph.constants, integers=integers)
+        part = GraphBuilder(dtype, graph.constants, integers=integers)
         _add_decoder(part, weights, config, rope, cache_scales, prefix=f"{branch}.")
         values = _outputs(config, cache_dtype, prefix=f"{branch}.")
         branches[branch] = helper.make_graph(part.nodes, branch, [], values)
@@ -196,7 +81,7 @@ def build_graph(
 
 
 def _add_decoder(
-    graph: _Builder,
+    graph: GraphBuilder,
     weights: Mapping[str, np.ndarray | Quantized],
     config: ModelConfig,
     rope: tuple[np.ndarray, np.ndarray] | None,
@@ -243,11 +128,25 @@ def _add_decoder(
         graph.add(op, inputs, *outputs, domain=CONTRIB, epsilon=EPSILON)
         return outputs[0], outputs[3]
 
+    def normed_heads(qkv: str, name: str) -> list[str]:
+        """Queries, keys and values apart, the first two brought to one length head by head."""
+        sizes = np.array([config.num_heads, config.kv_heads, config.kv_heads]) * config.head_dim
+        parts = [f"{name}.q", f"{name}.k", f"{name}.v"]
+        graph.add("Split", [qkv, graph.constant("qkv.sizes", sizes)], *parts, axis=-1)
+        for i, part in enumerate(parts[:2]):
+            x = graph.add(
+                "Reshape", [part, graph.constant("heads", np.array([0, 0, -1, config.head_dim]))], f"{part}.heads"
+            )
+            x = norm(x, f"{part}_norm")
+            parts[i] = graph.add("Reshape", [x, graph.constant("row", np.array([0, 0, -1]))], f"{part}.row")
+        return parts
+
     def attention(x: str, layer: str, index: int) -> str:
         qkv = matmul(x, f"{layer}.attn.qkv", f"{layer}.attn.qkv.bias" if gpt2 else "")  # (B, S, (H + 2 KV) * head_dim)
         past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
         present = [f"{prefix}present.{index}.{kind}" for kind in ("key", "value")]
-        inputs = [qkv, "", "", *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
+        packed = normed_heads(qkv, f"{layer}.attn") if config.architecture == "qwen3" else [qkv, "", ""]
+        inputs = [*packed, *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
         heads: dict[str, Any] = {"num_heads": config.num_heads, "kv_num_heads": config.kv_heads}
         if cache_scales:
             scales = zip(("k_scale", "v_scale"), cache_scales[index], strict=True)
@@ -310,7 +209,7 @@ def _outputs(config: ModelConfig, cache_dtype: np.dtype, prefix: str = "") -> li
     return [logits, *_cache(config, cache_dtype, f"{prefix}present.")]
 
 
-def _model(graph: _Builder, config: ModelConfig, cache_dtype: np.dtype) -> ModelProto:
+def _model(graph: GraphBuilder, config: ModelConfig, cache_dtype: np.dtype) -> ModelProto:
     """Put inputs and outputs around the nodes. Opset 21 and IR 10 are the newest that ONNX Runtime 1.28 reads."""
     value = helper.make_tensor_value_info
     inputs = [value("input_ids", TensorProto.INT64, ["batch", "tokens"])]

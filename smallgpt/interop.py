@@ -1,4 +1,4 @@
-"""Weights that travel: a SmallGPT as Hugging Face Transformers' GPT2LMHeadModel or LlamaForCausalLM."""
+"""Weights that travel: a SmallGPT as Transformers' GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM."""
 
 import argparse
 from collections.abc import Sequence
@@ -48,11 +48,11 @@ def _gpt2(model: SmallGPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _llama(model: SmallGPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     c = model.config
-    values: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    values: dict[str, Any] = {"architectures": [f"{c.architecture.title()}ForCausalLM"], "model_type": c.architecture}
     values |= {"hidden_size": c.embed_dim, "intermediate_size": c.hidden_dim, "num_hidden_layers": c.num_layers}
     values |= {"num_attention_heads": c.num_heads, "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim}
     values |= {"max_position_embeddings": c.max_seq_len, "rms_norm_eps": NORM_EPS, "rope_theta": ROPE_THETA}
-    values |= {"attention_bias": False, "mlp_bias": False}
+    values |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     rows = [heads * c.head_dim for heads in (c.num_heads, c.kv_heads, c.kv_heads)]
     ours = model.state_dict()
     weights = {"model.embed_tokens.weight": ours["wte.weight"], "model.norm.weight": ours["ln_f.weight"]}
@@ -63,6 +63,8 @@ def _llama(model: SmallGPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         layer |= {"mlp.up_proj": up, "mlp.down_proj": ours[f"h.{i}.mlp.down.weight"]}
         layer |= {"self_attn.o_proj": ours[f"h.{i}.attn.proj.weight"], "input_layernorm": ours[f"h.{i}.ln_1.weight"]}
         layer |= {"post_attention_layernorm": ours[f"h.{i}.ln_2.weight"]}
+        if c.architecture == "qwen3":
+            layer |= {f"self_attn.{x}_norm": ours[f"h.{i}.attn.{x}_norm.weight"] for x in "qk"}
         weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in layer.items()}
     return values, weights
 

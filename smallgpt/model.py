@@ -1,7 +1,7 @@
-"""SmallGPT: a GPT-2 or a LLaMA in one file.
+"""SmallGPT: a GPT-2, a LLaMA or a Qwen3 in one file.
 
 B batch, T positions, D embed_dim, H heads, K key/value heads, d head_dim, F hidden_dim, V vocabulary, P past.
-The two architectures map one to one onto Transformers' GPT2LMHeadModel and LlamaForCausalLM.
+The architectures map one to one onto Transformers' GPT2LMHeadModel, LlamaForCausalLM and Qwen3ForCausalLM.
 """
 
 import math
@@ -25,7 +25,10 @@ ROPE_THETA = 10_000.0
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a cache; rotary positions and grouped heads for llama."""
+    """Causal self-attention with a cache; rotary positions and grouped heads but for gpt2.
+
+    qwen3 brings queries and keys of each head to one length (Henry et al. 2020, arXiv 2010.04245).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,6 +36,9 @@ class Attention(nn.Module):
         bias = config.architecture == "gpt2"
         self.qkv = nn.Linear(config.embed_dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim, bias=bias)
+        normed = config.architecture == "qwen3"
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if normed else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if normed else None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None
@@ -42,8 +48,10 @@ class Attention(nn.Module):
         q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = k.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = v.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         mask = None
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, K, P + T, d)
@@ -60,7 +68,7 @@ class Attention(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) on the two halves of each head, as LLaMA does; `x` is (B, H, T, d)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def rotary_tables(max_seq_len: int, head_dim: int) -> tuple[Tensor, Tensor]:

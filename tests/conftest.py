@@ -65,17 +65,17 @@ def tokenizer(corpus: dict[str, list[str]]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def models(tokenizer: Tokenizer) -> dict[str, SmallGPT]:
-    """Seeded models of 32 positions with logits of several units: gpt2, llama and llama with grouped heads."""
+    """Seeded models of 32 positions with logits of several units: gpt2, llama and qwen3 with grouped heads."""
     import torch
 
     from smallgpt.model import SmallGPT
 
     shape = {"vocab_size": tokenizer.vocab_size, "embed_dim": 32, "num_heads": 4, "num_layers": 2, "max_seq_len": 32}
-    kinds = {"gpt2": {}, "llama": {}, "grouped": {"num_kv_heads": 2}}
+    kinds = {"gpt2": {}, "llama": {}, "grouped": {"architecture": "qwen3", "num_kv_heads": 2}}
     models = {}
     for kind, more in kinds.items():
         torch.manual_seed(0)
-        model = SmallGPT(tokenizer=tokenizer, architecture="llama" if more else kind, **shape, **more).eval()
+        model = SmallGPT(tokenizer=tokenizer, **{"architecture": kind, **shape, **more}).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.2 * torch.randn_like(parameter)

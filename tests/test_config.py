@@ -133,7 +133,7 @@ def test_unknown_parameters(sections: dict[Any, Any], message: str) -> None:
         ("prepare", "test_fraction", 1.0, "it should be less than 1"),
         ("tokenizer", "split_digits", "yes", "it should be a valid boolean"),
         ("tokenizer", "max_piece_length", 65, "it should be less than or equal to 64"),
-        ("model", "architecture", "gpt3", "it should be 'gpt2' or 'llama'"),
+        ("model", "architecture", "gpt3", "it should be 'gpt2', 'llama' or 'qwen3'"),
         ("model", "vocab_size", 260, "it should be greater than or equal to 261"),
         ("model", "vocab_size", "10000", "it should be a valid integer"),
         ("model", "vocab_size", 10000.0, "it should be a valid integer"),

@@ -17,13 +17,13 @@ import tiny
 import torch
 
 from smallgpt import export as export_module
+from smallgpt.builder import MOST_COLUMNS, GraphBuilder
 from smallgpt.bundle import FILES
 from smallgpt.cli import MismatchError
 from smallgpt.config import ExportConfig
 from smallgpt.export import VARIANTS, export, library_hashes, second_moments
 from smallgpt.files import sha256_bytes, sha256_file
 from smallgpt.generation import MANY_TOKENS, Batch
-from smallgpt.graph import MOST_COLUMNS, _Builder
 from smallgpt.model import SmallGPT
 from smallgpt.quantize import Quantized, quantize, quantize_weights
 from smallgpt.runtime import OrtGPT, check_golden
@@ -33,7 +33,7 @@ from stages.export import main as stage
 MODELS = {
     "gpt2": {"architecture": "gpt2"},
     "llama": {"architecture": "llama"},
-    "llama-grouped": {"architecture": "llama", "num_kv_heads": 2},
+    "qwen3-grouped": {"architecture": "qwen3", "num_kv_heads": 2},
 }
 CONTEXT = 64
 
@@ -106,7 +106,7 @@ def test_ragged_batches_equal_torch_up_to_the_last_position(pair, variant: str, 
         {"embed_dim": 128},
         {"embed_dim": 40, "num_heads": 5, "max_seq_len": 33},  # no block divides 40
         {"architecture": "llama", "embed_dim": 96, "num_heads": 3, "ffn_dim": 88},
-        {"architecture": "llama", "num_kv_heads": 2},
+        {"architecture": "qwen3", "num_kv_heads": 2},
     ],
 )
 def test_quantised_graphs_compute_with_the_dequantised_weights(
@@ -163,8 +163,9 @@ def test_an_int8_cache_holds_the_rounded_keys_and_values(pair) -> None:
             np.testing.assert_allclose(scale * 127, 2 * largest, rtol=1e-5)
             found = served._block[2 * layer + kind, 0] * scale[:, None]
             expected = caches[0][layer][kind][0].numpy()
-            # Half a level, and what weights and inputs in 8 bits add.
-            assert np.abs(found - expected).max() < 0.5 * scale.max() + 0.05 * np.abs(expected).max()
+            # Half a level, and what weights and inputs in 8 bits add: more where short keys are brought to one length.
+            more = 0.1 if kind == 0 and model.config.architecture == "qwen3" else 0.05
+            assert np.abs(found - expected).max() < 0.5 * scale.max() + more * np.abs(expected).max()
             assert np.abs(served._block[2 * layer + kind]).max() > 40
     plain = OrtGPT(bundles / "int8", device="cpu", threads=1)
     rows = random_ids(CONTEXT)
@@ -227,7 +228,7 @@ def test_products_in_integers(bits: int, columns: int, bias: bool) -> None:
     x[1, 2] = 0
     x[0, 0, -1] = 50
     weight = quantize(draw.standard_normal((24, columns), np.float32), bits, np.eye(columns) if bits == 4 else None)
-    builder = _Builder("float32", integers=True)
+    builder = GraphBuilder("float32", integers=True)
     builder.quantized("w", weight)
     builder.product("x", "w", weight, "y", builder.weight("offset", offset) if bias else "")
     value = onnx.helper.make_tensor_value_info
@@ -289,8 +290,9 @@ def test_the_graph_has_exactly_the_intended_nodes(pair) -> None:
     if model.config.architecture == "gpt2":
         assert nodes == {**common, "Gather": 3, "Add": 11, "FastGelu": 2, "LayerNormalization": 5}
     else:
-        others = {"Gather": 2, "Add": 4, "Split": 2, "QuickGelu": 2, "Mul": 2}
-        assert nodes == {**common, **others, "SimplifiedLayerNormalization": 5}
+        normed = 2 * (model.config.architecture == "qwen3")  # layers with queries and keys of one length
+        others = {"Gather": 2, "Add": 4, "Split": 2 + normed, "QuickGelu": 2, "Mul": 2, "Reshape": 1 + 4 * normed}
+        assert nodes == {**common, **others, "SimplifiedLayerNormalization": 5 + 2 * normed}
     half = Counter(node.op_type for node in onnx.load(bundles / "fp16" / "model.onnx").graph.node)
     fused = "SkipLayerNormalization" if model.config.architecture == "gpt2" else "SkipSimplifiedLayerNormalization"
     assert half[fused] == (5 if model.config.architecture == "gpt2" else 4)

@@ -10,7 +10,7 @@ from smallgpt.interop import main, save_transformers, to_transformers
 from smallgpt.model import SmallGPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @pytest.fixture
@@ -56,8 +56,9 @@ def test_training_settings_travel(tmp_path: Path, load) -> None:
 
 
 def test_the_shape_of_a_config(models: dict[str, SmallGPT]) -> None:
+    assert to_transformers(models["llama"])[0]["architectures"] == ["LlamaForCausalLM"]
     config, weights = to_transformers(models["grouped"])
-    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["architectures"], config["model_type"]) == (["Qwen3ForCausalLM"], "qwen3")
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
     assert (config["hidden_size"], config["intermediate_size"], config["max_position_embeddings"]) == (32, 128, 32)
     assert weights["model.layers.1.self_attn.k_proj.weight"].shape == (16, 32)

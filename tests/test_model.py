@@ -11,7 +11,7 @@ from torch import Tensor
 from smallgpt.model import Cache, Dropout, SmallGPT, gelu, next_token_loss, rotary_tables, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ARCHITECTURES = ["gpt2", "llama"]
+ARCHITECTURES = ["gpt2", "llama", "qwen3"]
 SMALL = {"vocab_size": 300, "embed_dim": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16}
 
 
@@ -84,6 +84,7 @@ def test_parameters_at_the_25m_shape() -> None:
         # 6 layers of 4 D D attention, 3 D F feed-forward (F = 1408) and two norms; embeddings; last norm
         llama = 10_000 * 512 + 6 * (4 * 512**2 + 3 * 512 * 1408 + 2 * 512) + 512
         assert SmallGPT(architecture="llama").num_parameters() == llama
+        assert SmallGPT(architecture="qwen3").num_parameters() == llama + 6 * 2 * 64  # norms of queries and keys
         fewer = 6 * 2 * 6 * 64 * 512  # keys and values of 6 of 8 heads, in 6 layers
         assert SmallGPT(architecture="llama", num_kv_heads=2).num_parameters() == llama - fewer
 
@@ -127,7 +128,8 @@ def test_names_and_shapes(architecture: str) -> None:
     state = SmallGPT(architecture=architecture, ffn_dim=24, **SMALL).state_dict()
     gpt2 = architecture == "gpt2"
     names = ["wte.weight", "ln_f.weight", *(["wpe.weight", "ln_f.bias"] if gpt2 else [])]
-    for part in ("ln_1", "attn.qkv", "attn.proj", "ln_2", "mlp.up", "mlp.down"):
+    normed = ["attn.q_norm", "attn.k_norm"] if architecture == "qwen3" else []
+    for part in ("ln_1", "attn.qkv", *normed, "attn.proj", "ln_2", "mlp.up", "mlp.down"):
         names += [f"h.{i}.{part}.{kind}" for i in range(2) for kind in (["weight", "bias"] if gpt2 else ["weight"])]
     assert sorted(state) == sorted(names)
     assert state["h.0.attn.qkv.weight"].shape == (48, 16)

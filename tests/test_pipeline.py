@@ -47,7 +47,7 @@ LEVELS = [
         "openapi",
         "quantize",
     },
-    {"config", "tokenizer", "bundle", "options", "machine"},
+    {"config", "tokenizer", "bundle", "builder", "options", "machine"},
     {"tokens", "checkpoint", "corpus", "optim", "distributed", "generation", "session"},
     {"beams", "runtime", "graph"},
     {"decode", "repl", "scheduler"},
