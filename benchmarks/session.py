@@ -1,6 +1,7 @@
 """Which settings of ONNX Runtime decode faster: every setting against the defaults, in one run.
 
     python benchmarks/session.py [BUNDLE] [--rounds 5] [--threads N]
+    python benchmarks/session.py --profile [BUNDLE] [--threads N]     # the operators of a prompt and of a step
 
 Each setting runs in a process of its own, in alternating order. Printed are the ratios of the medians to those of the
 defaults, above 1 where the setting is faster; two runs of the defaults show what the machine's noise alone does.
@@ -12,9 +13,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import onnxruntime
 from engines import Ours
 
 from smallgpt.cli import processors
@@ -54,12 +58,53 @@ def worker(bundle: str, threads: str, name: str) -> dict[str, float]:
     return result
 
 
+def profile(bundle: str, threads: int) -> None:
+    """Print where a prompt of 512 tokens and a step of one sequence after it spend their time, by operator."""
+    calls = 20
+    with tempfile.TemporaryDirectory() as folder:
+
+        class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.enable_profiling = True
+                self.profile_file_prefix = f"{folder}/profile"
+
+        with mock.patch.object(onnxruntime, "SessionOptions", Options):
+            model = Ours(Path(bundle), threads)
+        ids = np.random.default_rng(0).integers(260, model.model.vocab_size, 512)
+        for _ in range(calls):
+            model.prefill(ids, 1, 600)
+        for i in range(calls):
+            model.step(ids[i : i + 1])
+        events = json.loads(Path(model.model.session.end_profiling()).read_text(encoding="utf-8"))
+    runs = [event for event in events if event["name"] == "model_run"]
+    nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+    print(f"| {bundle}, {threads} threads | ms | share |\n|---|---:|---:|")
+    for case, chosen in (("prompt of 512", runs[2:calls]), ("step", runs[calls + 2 :])):  # the first ones warm up
+        total = sum(run["dur"] for run in chosen)
+        spent: dict[str, float] = {}
+        for node in nodes:
+            inside = any(run["ts"] <= node["ts"] < run["ts"] + run["dur"] for run in chosen)
+            if inside and node["args"]["op_name"] != "If":  # it holds the others
+                name = node["args"]["op_name"]
+                spent[name] = spent.get(name, 0.0) + node["dur"]
+        spent["between operators"] = total - sum(spent.values())
+        print(f"| {case} | {total / len(chosen) / 1000:.2f} | 100 % |")
+        for name, microseconds in sorted(spent.items(), key=lambda item: -item[1]):
+            if microseconds >= 0.01 * total:
+                print(f"| {name} | {microseconds / len(chosen) / 1000:.2f} | {microseconds / total:.0%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", nargs="?", default="exports/fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--profile", action="store_true", help="print the operators' times instead")
     options = parser.parse_args()
+    if options.profile:
+        profile(options.bundle, options.threads)
+        return
     found: dict[str, dict[str, list[float]]] = {name: {} for name in SETTINGS}
     for number in range(options.rounds):
         for name in SETTINGS if number % 2 == 0 else reversed(SETTINGS):
