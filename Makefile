@@ -58,9 +58,10 @@ lint: .venv/.installed  ## Format check, lint and types
 format: .venv/.installed  ## Format the code
 	@ruff format . && ruff check --fix .
 
+# GCC drops the stores of llama.cpp's AMX configuration as dead, and its products crash without them.
 .venv-bench/.installed: pyproject.toml constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-bench/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	CMAKE_ARGS='-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-fno-tree-dse\ -fno-dse' .venv-bench/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
 .venv-genai/.installed: constraints.txt
