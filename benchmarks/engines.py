@@ -259,7 +259,7 @@ class Genai(Engine):
         return time.perf_counter() - start
 
     def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
-        generator = self.start(ids, batch, capacity)
+        generator = self.start(ids, batch, capacity + 1)  # the last token, which nothing reads, counts too
         for _ in range(2):
             generator.generate_next_token()
         start = time.perf_counter()
