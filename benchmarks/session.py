@@ -59,7 +59,7 @@ def worker(bundle: str, threads: str, name: str) -> dict[str, float]:
 
 
 def profile(bundle: str, threads: int) -> None:
-    """Print where a prompt of 512 tokens and a step of one sequence after it spend their time, by operator."""
+    """Print where a prompt of 512 tokens, or what the context holds, and a step after it spend their time."""
     calls = 20
     with tempfile.TemporaryDirectory() as folder:
 
@@ -71,16 +71,17 @@ def profile(bundle: str, threads: int) -> None:
 
         with mock.patch.object(onnxruntime, "SessionOptions", Options):
             model = Ours(Path(bundle), threads)
-        ids = np.random.default_rng(0).integers(260, model.model.vocab_size, 512)
+        prompt = min(512, model.model.max_seq_len - calls)
+        ids = np.random.default_rng(0).integers(260, model.model.vocab_size, prompt)
         for _ in range(calls):
-            model.prefill(ids, 1, 600)
+            model.prefill(ids, 1, prompt + calls)
         for i in range(calls):
             model.step(ids[i : i + 1])
         events = json.loads(Path(model.model.session.end_profiling()).read_text(encoding="utf-8"))
     runs = [event for event in events if event["name"] == "model_run"]
     nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
     print(f"| {bundle}, {threads} threads | ms | share |\n|---|---:|---:|")
-    for case, chosen in (("prompt of 512", runs[2:calls]), ("step", runs[calls + 2 :])):  # the first ones warm up
+    for case, chosen in ((f"prompt of {prompt}", runs[2:calls]), ("step", runs[calls + 2 :])):  # the first ones warm up
         total = sum(run["dur"] for run in chosen)
         spent: dict[str, float] = {}
         for node in nodes:

@@ -154,20 +154,22 @@ def test_an_int8_cache_holds_the_rounded_keys_and_values(pair) -> None:
         caches = [model(torch.from_numpy(ids[None, i : i + CONTEXT]))[1] for i in range(0, len(ids), CONTEXT)]
     graph = onnx.load(bundles / "int8-kv8" / "model.onnx").graph
     scales = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    served.prefill(ids[None, : CONTEXT - 1])
-    served.step(ids[CONTEXT - 1 : CONTEXT])
+    plain = OrtGPT(bundles / "int8", device="cpu", threads=1)
+    for one in (served, plain):
+        one.prefill(ids[None, : CONTEXT - 1])
+        one.step(ids[CONTEXT - 1 : CONTEXT])
     for layer in range(2):
         for kind, name in enumerate(("k_scale", "v_scale")):
             scale = scales[f"h.{layer}.attn.{name}"]
             largest = torch.stack([cache[layer][kind][0].abs().amax(1) for cache in caches]).amax(0)
             np.testing.assert_allclose(scale * 127, 2 * largest, rtol=1e-5)
             found = served._block[2 * layer + kind, 0] * scale[:, None]
-            expected = caches[0][layer][kind][0].numpy()
-            # Half a level, and what weights and inputs in 8 bits add: more where short keys are brought to one length.
-            more = 0.1 if kind == 0 and model.config.architecture == "qwen3" else 0.05
-            assert np.abs(found - expected).max() < 0.5 * scale.max() + more * np.abs(expected).max()
+            expected = plain._block[2 * layer + kind, 0]
+            if layer == 0:  # rounded to the nearest level, and nothing else
+                assert (np.abs(found - expected) < 0.501 * scale[:, None]).all()
+            # Later layers have read rounded ones.
+            assert np.abs(found - expected).max() < 0.5 * scale.max() + 0.05 * np.abs(expected).max()
             assert np.abs(served._block[2 * layer + kind]).max() > 40
-    plain = OrtGPT(bundles / "int8", device="cpu", threads=1)
     rows = random_ids(CONTEXT)
     error, base = (np.abs(one.logits(rows) - torch_logits(model, rows[None])[0]).mean() for one in (served, plain))
     assert base * 0.8 < error < base * 1.5
