@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = {
     "fp32": {
         "ours": "fp32",
+        "ours, int8 cache": "fp32-kv8",
         "llama.cpp": "F32",
         "CTranslate2": "float32",
         "onnxruntime-genai": "fp32",
@@ -223,9 +224,8 @@ def run(
     pairs = [(width, engine) for width, kinds in WIDTHS.items() for engine in kinds if engine in names]
     pairs = [pair for pair in pairs if pair[1] != SMALL_CACHE or (exports / WIDTHS[pair[0]][pair[1]]).is_dir()]
     loaded = {(w, e): (e, WIDTHS[w][e], path_of(e, WIDTHS[w][e], exports, work), threads) for w, e in pairs}
-    texts = {
-        engine: start("greedy", *loaded[width, engine], random, context) for width, engine in pairs if width == "fp32"
-    }
+    exact = [pair for pair in pairs if pair[0] == "fp32" and pair[1] != SMALL_CACHE]
+    texts = {engine: start("greedy", *loaded[width, engine], random, context) for width, engine in exact}
     prompts = np.load(random)[: 16 * CHECK_PROMPTS].reshape(CHECK_PROMPTS, 16)
 
     def gap(number: int, other: list[int]) -> float:
@@ -303,15 +303,19 @@ def to_markdown(report: dict[str, Any]) -> str:
     for width, cells in report["median"].items():
         peers = [engine for engine in cells if not engine.startswith("ours")]
         own = [engine for engine in peers if engine != "onnxruntime-genai"]
-        rivals = {"ours to the best": own, "ours to genai on our graph": [peer for peer in peers if peer not in own]}
-        rivals = {title: names for title, names in rivals.items() if "ours" in cells and names}
+        rivals = {
+            "ours to the best": ("ours", own),
+            "int8 cache to the best": (SMALL_CACHE, own),
+            "ours to genai on our graph": ("ours", [peer for peer in peers if peer not in own]),
+        }
+        rivals = {title: (engine, names) for title, (engine, names) in rivals.items() if engine in cells and names}
         lines += ["", f"| {width} | " + " | ".join([*cells, *rivals]) + " |"]
         lines += ["|---" + "|---:" * (len(cells) + len(rivals)) + "|"]
         for row in next(iter(cells.values())):
             values = {engine: cell[row] for engine, cell in cells.items()}
             parts = [_shown(row, value) for value in values.values()]
-            for names in rivals.values():
-                parts.append(_ratio(row, values["ours"], [values[name] for name in names if values[name] is not None]))
+            for engine, names in rivals.values():
+                parts.append(_ratio(row, values[engine], [values[name] for name in names if values[name] is not None]))
             lines.append(f"| {row} | " + " | ".join(parts) + " |")
     name = "batch 1, context 16-416"
     ours = {width: cells["ours"] for width, cells in report["median"].items() if name in cells.get("ours", {})}

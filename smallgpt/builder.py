@@ -1,4 +1,4 @@
-"""Nodes and weights of an ONNX graph, and the ways in which a graph multiplies by a quantised matrix."""
+"""Nodes and weights of an ONNX graph, the ways in which it multiplies by a quantised matrix, and its cache in int8."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -124,3 +124,41 @@ class GraphBuilder:
         zeros = self.constant(f"{name}.column_zeros", np.zeros(outputs, np.int8))
         x = self.add("QuantizeLinear", [x, self.constant(f"{name}.columns", scales), zeros], f"{name}.levels", axis=0)
         return self.add("Transpose", [x], f"{name}.integers"), f"{name}.columns"
+
+    def find_places(self, kv_heads: int, head_dim: int) -> None:
+        """Name the constants and shapes of `read_cache` and `write_cache`.
+
+        `past` (1,) is P, the tokens before the new ones, and `places` (B * KV * S, 3) are the indices of the new ones'
+        heads in a cache (B, KV, M, head_dim).
+        """
+        self.constant("zero", np.array([0]))
+        self.constant("last", np.array([-1]))
+        self.constant("end", np.array([np.iinfo(np.int64).max]))
+        self.constant("time", np.array([2]))  # the axis of a cache
+        self.constant("heads.flat", np.array([-1, head_dim]))
+        self.constant("one", np.array(1, np.float32))
+        self.constant("centre", np.array(0, np.int8))
+        total = self.add("Reshape", ["total_sequence_length", "last"], "total")
+        total = self.add("Cast", [total], "total.wide", to=TensorProto.INT64)
+        batch = self.add("Shape", ["input_ids"], "batch", end=1)
+        tokens = self.add("Shape", ["input_ids"], "tokens_of_each", start=1)
+        self.add("Sub", [total, tokens], "past")
+        grid = self.add("Concat", [batch, self.constant("kv_heads", np.array([kv_heads])), tokens], "grid", axis=0)
+        ones = self.add("ConstantOfShape", [grid], "ones", value=numpy_helper.from_array(np.ones(1, np.bool_)))
+        places = self.add("Transpose", [self.add("NonZero", [ones], "axes")], "places.new")
+        start = self.add("Concat", ["zero", "zero", "past"], "start", axis=0)
+        self.add("Add", [places, start], "places")
+
+    def read_cache(self, cache: str, scale: str) -> str:
+        """What a cache in int8 holds from before the new tokens, as floats, (B, KV, P, head_dim)."""
+        levels = self.add("Slice", [cache, "zero", "past", "time"], f"{cache}.levels")
+        floats = self.add("Cast", [levels], f"{cache}.cast", to=TensorProto.FLOAT)
+        return self.add("Mul", [floats, scale], f"{cache}.past")
+
+    def write_cache(self, cache: str, values: str, scale: str, output: str) -> None:
+        """Round the new ones among `values` (B, KV, P + S, head_dim) to levels and put them into a cache, in place."""
+        new = self.add("Slice", [values, "past", "end", "time"], f"{cache}.new")  # (B, KV, S, head_dim)
+        scaled = self.add("Div", [new, scale], f"{cache}.scaled")
+        levels = self.add("QuantizeLinear", [scaled, "one", "centre"], f"{cache}.rounded")
+        rows = self.add("Reshape", [levels, "heads.flat"], f"{cache}.rows")
+        self.add("ScatterND", [cache, "places", rows], output)

@@ -38,7 +38,7 @@ Positive = Annotated[Real, Field(gt=0)]
 NonNegative = Annotated[Real, Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-VariantName = Literal["fp32", "int8", "int8-kv8", "int4", "int4-kv8", "fp16"]
+VariantName = Literal["fp32", "int8", "int4", "fp32-kv8", "int8-kv8", "int4-kv8", "fp16"]
 
 
 class Section(BaseModel):

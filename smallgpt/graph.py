@@ -63,11 +63,12 @@ def build_graph(
 
     graph = GraphBuilder(dtype)
     cache_dtype = np.dtype("int8") if cache_scales else graph.dtype
-    if not any(isinstance(weight, Quantized) for weight in weights.values()):
+    if not cache_scales and not any(isinstance(weight, Quantized) for weight in weights.values()):
         _add_decoder(graph, weights, config, rope, cache_scales)
         return _model(graph, config, cache_dtype)
-    # MatMulNBits multiplies few rows fastest, integers many. Which way a sequence goes depends on the number of its own
-    # tokens alone, because long prompts and short ones are filled apart.
+    # MatMulNBits multiplies few rows fastest, integers many; attention with a cache in int8 is slow for many tokens.
+    # Which way a sequence goes depends on the number of its own tokens alone, because long prompts and short ones are
+    # filled apart.
     tokens = graph.add("Shape", ["input_ids"], "tokens_each", start=1)
     condition = graph.add("Less", [tokens, graph.constant("many", np.array([MANY_TOKENS]))], "few")
     branches = {}
@@ -90,6 +91,7 @@ def _add_decoder(
 ) -> None:
     """Add the nodes from the graph's inputs to its outputs, whose names begin with `prefix`."""
     gpt2, half = config.architecture == "gpt2", graph.dtype == np.float16
+    in_floats = graph.integers and bool(cache_scales)  # attention; the cache is read and written apart
     if rope is not None:
         graph.weight("rope.cos", rope[0])
         graph.weight("rope.sin", rope[1])
@@ -143,19 +145,26 @@ def _add_decoder(
 
     def attention(x: str, layer: str, index: int) -> str:
         qkv = matmul(x, f"{layer}.attn.qkv", f"{layer}.attn.qkv.bias" if gpt2 else "")  # (B, S, (H + 2 KV) * head_dim)
-        past = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
-        present = [f"{prefix}present.{index}.{kind}" for kind in ("key", "value")]
+        cache = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
+        past, present = cache, [f"{prefix}present.{index}.{kind}" for kind in ("key", "value")]
         packed = normed_heads(qkv, f"{layer}.attn") if config.architecture == "qwen3" else [qkv, "", ""]
-        inputs = [*packed, *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
         heads: dict[str, Any] = {"num_heads": config.num_heads, "kv_num_heads": config.kv_heads}
+        scales: list[str] = []
         if cache_scales:
-            scales = zip(("k_scale", "v_scale"), cache_scales[index], strict=True)
-            inputs += [""] * (12 - len(inputs)) + [
-                graph.constant(f"{layer}.attn.{key}", array) for key, array in scales
-            ]
+            both = zip(("k_scale", "v_scale"), cache_scales[index], strict=True)
+            scales = [graph.constant(f"{layer}.attn.{key}", array[:, None]) for key, array in both]  # (KV, 1, head_dim)
+        if in_floats:
+            past = [graph.read_cache(*pair) for pair in zip(cache, scales, strict=True)]
+            present = [f"{name}.all" for name in cache]
+        inputs = [*packed, *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
+        if scales and not in_floats:
+            inputs += [""] * (12 - len(inputs)) + scales
             heads |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         heads |= {"do_rotary": int(rope is not None), "scale": 1.0}
         graph.add("GroupQueryAttention", inputs, f"{layer}.attn", *present, domain=CONTRIB, **heads)
+        if in_floats:
+            for name, values, scale in zip(cache, present, scales, strict=True):
+                graph.write_cache(name, values, scale, name.replace("past_key_values", f"{prefix}present"))
         return matmul(f"{layer}.attn", f"{layer}.attn.proj")  # (B, S, D)
 
     def mlp(x: str, layer: str) -> str:
@@ -168,6 +177,8 @@ def _add_decoder(
             hidden = graph.add("Mul", [gate, f"{layer}.mlp.value"], f"{layer}.mlp.hidden")
         return matmul(hidden, f"{layer}.mlp.down")  # (B, S, D)
 
+    if in_floats:
+        graph.find_places(config.kv_heads, config.head_dim)
     head = weights["wte.weight"]
     residual = graph.table("wte.weight", head, "input_ids", "tokens")  # (B, S, D)
     if gpt2:
@@ -185,9 +196,10 @@ def _add_decoder(
     if isinstance(head, Quantized):
         graph.product(x, "wte.weight", head, f"{prefix}logits")  # (N, V)
     else:
-        logits = graph.add("Gemm", [x, "wte.weight"], "head" if half else "logits", transB=1)  # (N, V)
+        logits = f"{prefix}logits"
+        graph.add("Gemm", [x, "wte.weight"], "head" if half else logits, transB=1)  # (N, V)
         if half:
-            graph.add("Cast", [logits], "logits", to=TensorProto.FLOAT)
+            graph.add("Cast", ["head"], logits, to=TensorProto.FLOAT)
 
 
 def _scaled(weight: np.ndarray | Quantized, rows: int, factor: float) -> np.ndarray | Quantized:

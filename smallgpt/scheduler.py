@@ -171,8 +171,8 @@ class Scheduler:
         self._thread.join()
 
     def _new_batch(self) -> Batch:
-        # Quantised kernels compute a single row in another way than several.
-        even = self.model.bundle.config.variant.startswith("int")
+        # Quantised kernels compute a single row in another way than several, and such graphs many tokens too.
+        even = self.model.bundle.config.variant not in ("fp32", "fp16")
         return Batch(self.model, self.rows, even=even, tolerant=True)
 
     def _run(self) -> None:

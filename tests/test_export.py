@@ -160,19 +160,34 @@ def test_an_int8_cache_holds_the_rounded_keys_and_values(pair) -> None:
         one.step(ids[CONTEXT - 1 : CONTEXT])
     for layer in range(2):
         for kind, name in enumerate(("k_scale", "v_scale")):
-            scale = scales[f"h.{layer}.attn.{name}"]
+            scale = scales[f"h.{layer}.attn.{name}"]  # (KV, 1, head_dim)
             largest = torch.stack([cache[layer][kind][0].abs().amax(1) for cache in caches]).amax(0)
-            np.testing.assert_allclose(scale * 127, 2 * largest, rtol=1e-5)
-            found = served._block[2 * layer + kind, 0] * scale[:, None]
+            np.testing.assert_allclose(scale[:, 0] * 127, 2 * largest, rtol=1e-5)
+            found = served._block[2 * layer + kind, 0] * scale
             expected = plain._block[2 * layer + kind, 0]
             if layer == 0:  # rounded to the nearest level, and nothing else
-                assert (np.abs(found - expected) < 0.501 * scale[:, None]).all()
-            # Later layers have read rounded ones.
+                assert (np.abs(found - expected) < 0.501 * scale).all()
+            # The last token's are those of a layer that has read rounded ones.
             assert np.abs(found - expected).max() < 0.5 * scale.max() + 0.05 * np.abs(expected).max()
             assert np.abs(served._block[2 * layer + kind]).max() > 40
     rows = random_ids(CONTEXT)
-    error, base = (np.abs(one.logits(rows) - torch_logits(model, rows[None])[0]).mean() for one in (served, plain))
-    assert base * 0.8 < error < base * 1.5
+    assert np.array_equal(served.logits(rows), plain.logits(rows))  # a prompt reads its own ones as they are
+    for cuts in (range(1, CONTEXT), range(20, CONTEXT, 12)):  # through both branches of the graph
+        logits = torch_logits(model, rows[None])[0]
+        error, base = (np.abs(one.logits(rows, cuts) - logits).mean() for one in (served, plain))
+        assert base * 0.8 < error < base * 1.5
+
+
+def test_whole_weights_with_an_int8_cache(pair) -> None:
+    _, bundles = pair
+    small, plain = (OrtGPT(bundles / variant, device="cpu", threads=1) for variant in ("fp32-kv8", "fp32"))
+    row = random_ids(CONTEXT)
+    whole = plain.logits(row).copy()
+    assert np.array_equal(small.logits(row), whole)
+    # By single tokens and by pieces, through both branches of the graph; a piece reads its own ones as they are.
+    singles, pieces = (np.abs(small.logits(row, c) - whole).mean() for c in (range(1, CONTEXT), range(20, CONTEXT, 12)))
+    assert 0.2 * singles < pieces < singles < 0.05 * whole.std()
+    assert small._block.nbytes * 4 == plain._block.nbytes
 
 
 def test_second_moments_are_those_of_the_layers_inputs() -> None:

@@ -81,7 +81,7 @@ def test_what_a_sequence_says_does_not_depend_on_its_company(model: Any) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["int8", "int4", "int8-kv8"])
+@pytest.mark.parametrize("variant", ["int8", "int4", "int8-kv8", "fp32-kv8"])
 def test_nor_with_quantised_weights_in_an_even_batch(tmp_path: Path, variant: str) -> None:
     """Kernels for pairs of rows: whoever comes or goes, and however odd their number and their prompts are."""
     model = OrtGPT(tiny.write_bundles(tmp_path, tiny.random_model("llama"), [variant]) / variant, threads=1)
