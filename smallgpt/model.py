@@ -49,7 +49,7 @@ class Attention(nn.Module):
         k = k.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = v.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())  # with bf16 the weights are still in fp32
         if rotary is not None:
             q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         mask = None
