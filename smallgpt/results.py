@@ -30,6 +30,7 @@ COLUMNS = {
     "sliding_bits_per_byte": "sliding",
     "floor_bits_per_byte": "floor",
     "word_perplexity": "word PPL",
+    "sliding_word_perplexity": "sliding word PPL",
     "perplexity": "token PPL",
     "nats_per_token": "nats/token",
     "context": "context",
