@@ -67,6 +67,7 @@ def measure(changes: dict[str, Any], seed: int, epochs: float) -> dict[str, Any]
         text = json.loads((Path(folder) / "reports/tokenize.json").read_text(encoding="utf-8"))
         training = params["training"]
         tokens = training["batch_size"] * (training["seq_len"] or params["model"]["max_seq_len"])
+        tokens *= training["gradient_accumulation_steps"]
         steps = max(1, round(epochs * text["train"]["tokens"] / tokens))
         training |= {"max_steps": steps, "eval_interval": max(1, steps // 10)}
         training["warmup_steps"] = min(training["warmup_steps"], steps)
@@ -102,12 +103,15 @@ def to_markdown(report: dict[str, Any]) -> str:
         found = list(seeds.values())
         effect = ""
         if name != "control" and "control" in runs:
-            per_token = next(iter(runs["control"].values()))["tokens_per_byte"]
-            nats = (means[name] - means["control"]) * math.log(2) / per_token
+            control = runs["control"]
+            both = [seed for seed in seeds if seed in control]  # seeds differ by more than many changes
+            bits = [seeds[seed]["bits_per_byte"] - control[seed]["bits_per_byte"] for seed in both]
+            per_token = next(iter(control.values()))["tokens_per_byte"]
+            nats = statistics.mean(bits) * math.log(2) / per_token if bits else math.nan
             effect = f"{nats:+.3f}" + (" (noise)" if abs(nats) < NOISE else "")
-        bits = ", ".join(f"{run['bits_per_byte']:.4f}" for run in found)
+        shown = ", ".join(f"{run['bits_per_byte']:.4f}" for run in found)
         epochs = ", ".join(f"{run['best_epoch']:.1f}" for run in found)
-        lines.append(f"| {name} | {found[0]['parameters']:,} | {bits} | {means[name]:.4f} | {effect} | {epochs} |")
+        lines.append(f"| {name} | {found[0]['parameters']:,} | {shown} | {means[name]:.4f} | {effect} | {epochs} |")
     return "\n".join(lines) + "\n"
 
 

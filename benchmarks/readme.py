@@ -20,9 +20,11 @@ def results() -> str:
     digest = sha256_file(Path("models/gpt/model.safetensors"))
     facts = json.loads(Path(f".smallgpt/train/runs/{digest[:16]}.json").read_text(encoding="utf-8"))
     table = Path("reports/evaluate/perplexity.md").read_text(encoding="utf-8")
+    single = "single_bits_per_byte_difference"
     rows = "".join(
         f"| {name} | {bundle['bytes'] / 1e6:.1f} MB | {bundle['max_difference']:.2g} | "
-        f"{bundle['top1_agreement']:.4f} | {bundle['bits_per_byte_difference']:.1e} |\n"
+        f"{bundle['top1_agreement']:.4f} | {bundle['bits_per_byte_difference']:.1e} | "
+        f"{format(bundle[single], '.1e') if single in bundle else '-'} |\n"
         for name, bundle in bundles.items()
     )
     size = f"{summary['parameters'] / 1e6:.1f}M"
@@ -31,8 +33,8 @@ def results() -> str:
 {table}
 The bundles against PyTorch, all computed on the CPU (each bundle's parity.json has the whole certificate):
 
-| bundle | graph | largest difference of a logit | same top token | bits/byte, relative difference |
-| --- | --- | --- | --- | --- |
+| bundle | graph | largest difference of a logit | same top token | bits/byte, relative difference | token by token |
+| --- | --- | --- | --- | --- | --- |
 {rows}"""
 
 

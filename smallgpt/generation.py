@@ -128,7 +128,8 @@ class Batch:
         even: run an even number of rows, always, and short prompts apart from long ones: quantised kernels compute
             rows in pairs, an odd last one in another way, and long prompts in yet another.
         speculate: while one sequence is alone, guess up to so many tokens ahead by looking for its last words in what
-            stands before (prompt lookup), and check them in one run. The text stays what it would have been.
+            stands before (prompt lookup), and check them in one run. The text stays what it would have been; on a
+            quantised graph, up to the last digits of several tokens that are computed together.
         slide: at the end of the context, read its last half again and go on.
         tolerant: a sequence whose settings leave no token to draw is interrupted, with the error in its piece; else
             `step` raises, and the batch cannot go on.

@@ -76,6 +76,11 @@ class OrtGPT:
         self._block: np.ndarray = np.zeros(0)  # on the CPU the memory of all of them, one more dimension in front
         self._calls: dict[tuple[int, int, int, int], _Call] = {}
 
+    @property
+    def pairs(self) -> bool:
+        """Whether its kernels compute rows in pairs and an odd last one in another way, and many tokens in another."""
+        return self.bundle.config.variant not in ("fp32", "fp16")
+
     def fork(self) -> "OrtGPT":
         """The same model with rows of its own; weights and session are shared."""
         other = copy.copy(self)

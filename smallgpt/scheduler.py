@@ -171,9 +171,7 @@ class Scheduler:
         self._thread.join()
 
     def _new_batch(self) -> Batch:
-        # Quantised kernels compute a single row in another way than several, and such graphs many tokens too.
-        even = self.model.bundle.config.variant not in ("fp32", "fp16")
-        return Batch(self.model, self.rows, even=even, tolerant=True)
+        return Batch(self.model, self.rows, even=self.model.pairs, tolerant=True)
 
     def _run(self) -> None:
         while self._take():
@@ -220,10 +218,16 @@ class Scheduler:
     def _join(self, request: Request) -> None:
         """Give the choices of a request to the batch."""
         request.open = set(range(len(request.prompts) * request.n))
-        for choice in sorted(request.open):
-            prompt, number = request.prompts[choice // request.n], choice % request.n
-            key = (request, choice)
-            self._batch.add(key, prompt, request.config, number=number, logprobs=request.logprobs)
+        try:
+            for choice in sorted(request.open):
+                prompt, number = request.prompts[choice // request.n], choice % request.n
+                key = (request, choice)
+                self._batch.add(key, prompt, request.config, number=number, logprobs=request.logprobs)
+        except Exception as error:
+            self._end(request, error)
+        else:
+            if not request.open:
+                self._end(request)
 
     def _after(self, kind: Kind, request: Request) -> None:
         """Go on with a request whose job is done."""

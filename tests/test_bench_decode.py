@@ -15,7 +15,7 @@ SHAPE = {"embed_dim": 64, "num_heads": 2, "max_seq_len": 424}
 @pytest.mark.slow
 def test_report_and_table(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    exports = tiny.write_bundles(tmp_path, tiny.random_model(**SHAPE), ["fp32", "int8", "int8-kv8", "int4"])
+    exports = tiny.write_bundles(tmp_path, tiny.random_model(**SHAPE), ["fp32", "fp32-kv8", "int8", "int8-kv8", "int4"])
     command = [sys.executable, str(ROOT / "benchmarks/decode.py"), str(tmp_path / "model"), str(exports)]
     command += ["--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     command += ["--engines", "Transformers", "--rounds", "1", "--threads", "1"]
@@ -24,7 +24,7 @@ def test_report_and_table(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "decode.json").read_text())
     assert report["greedy fp32 texts equal to ours"] == {"Transformers": "5 of 5"}
     fp32, half = report["median"]["fp32"], report["median"]["16 bits"]
-    assert list(fp32) == ["ours", "Transformers"]
+    assert list(fp32) == ["ours", "ours, int8 cache", "Transformers"]
     assert list(half) == ["Transformers"]
     assert list(report["median"]["int8"]) == ["ours", "ours, int8 cache"]
     assert list(report["median"]["int4"]) == ["ours"]
@@ -38,8 +38,10 @@ def test_report_and_table(tmp_path: Path) -> None:
     table = (tmp_path / "out" / "decode.md").read_text()
     assert table in done.stdout
     name = "batch 8, context 16-416"
-    ours, theirs = fp32["ours"][name], fp32["Transformers"][name]
-    assert f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |" in table
+    ours, small, theirs = (fp32[engine][name] for engine in fp32)
+    figures = f"{ours:,.0f} | {small:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} | {small / theirs:.2f}"
+    assert f"| {name} | {figures} |" in table
+    assert "int8 cache to the best" in table
     assert "threads; medians of 1 rounds" in table
 
 

@@ -312,6 +312,23 @@ def test_beams_with_scores(random_bundles: Path, capsys: pytest.CaptureFixture[s
     assert [(row["text"], row["finish_reason"]) for row in none] == [("", "length")]
 
 
+def test_the_size_of_a_batch_does_not_change_the_digits_of_quantised_bundles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tiny.write_uncertified(tmp_path, tiny.random_model("llama", embed_dim=256, num_heads=4), "int8")
+    prompts = ["the cat sat on", "", "a dog", "happy and sad and happy again, she said to the cat", "sad"]
+    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, ""]), encoding="utf-8")
+    found = []
+    for size in (1, 2, 3, 8):
+        options = ["-n", 12, "-s", 3, "-q", "--batch-size", size, "--jsonl", "--logprobs", 0]
+        lines = (
+            call(capsys, bundle, "--batch-file", tmp_path / "prompts.txt", *options)[0].removesuffix("\n").split("\n")
+        )
+        found.append([json.loads(line)["logprobs"] for line in lines])
+    assert len(found[0]) == len(prompts)
+    assert found.count(found[0]) == len(found)
+
+
 def test_batch_files(random_bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle, prompts = random_bundles / "fp32", ["the cat", "", "a dog\u2028sat", "happy", "sad and"]
     options = ["-n", 9, "-s", 3, "-q"]

@@ -177,3 +177,11 @@ def test_metrics_are_prometheus_text(scheduler: Scheduler) -> None:
     buckets = [int(value) for name, value in values.items() if name.startswith("smallgpt_step_seconds_bucket")]
     assert buckets == sorted(buckets)
     assert buckets[-1] == int(values["smallgpt_step_seconds_count"]) == 4
+
+
+def test_prompts_that_cannot_run_end_with_their_error_and_hold_nobody_up(scheduler: Scheduler, model: OrtGPT) -> None:
+    with pytest.raises(ValueError, match="fit into the context"):
+        Asked(scheduler, [[3] * (model.max_seq_len + 1)], GenerationConfig()).all()
+    assert Asked(scheduler, [], GenerationConfig()).all() == []
+    assert text(Asked(scheduler, [[3, 9]], GenerationConfig(max_new_tokens=3)).all()) is not None
+    assert scheduler.idle

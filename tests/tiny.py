@@ -98,11 +98,17 @@ def write_bundles(folder: Path, model: SmallGPT, variants: list[str], **generati
     return folder / "exports"
 
 
-def write_endless(folder: Path) -> Path:
-    """A bundle with room for more text than a test waits for; it has no certificate."""
-    model = random_model(max_seq_len=50_000)
+def write_uncertified(folder: Path, model: SmallGPT, variant: str, **generation: object) -> Path:
+    """A bundle without a certificate, which a random model of some width does not get in 8 bits."""
     model_dir, _ = write_project(folder, model)
-    settings = write_bundle(folder / "fp32", "fp32", model, model_dir, GenerationConfig(max_new_tokens=50_000), {})
-    write_json(folder / "fp32" / "parity.json", {})
-    write_config(folder / "fp32", settings)
-    return folder / "fp32"
+    settings = write_bundle(
+        folder / variant, variant, model, model_dir, GenerationConfig.from_dict(dict(generation)), {}
+    )
+    write_json(folder / variant / "parity.json", {})
+    write_config(folder / variant, settings)
+    return folder / variant
+
+
+def write_endless(folder: Path) -> Path:
+    """A bundle with room for more text than a test waits for."""
+    return write_uncertified(folder, random_model(max_seq_len=50_000), "fp32", max_new_tokens=50_000)
