@@ -67,7 +67,7 @@ def names(model: nn.Module, optimizer: torch.optim.Optimizer, group: int) -> set
     return {name for name, parameter in model.named_parameters() if id(parameter) in members}
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
 def test_who_is_trained_by_what(architecture: str) -> None:
     model, config = make("muon", architecture)
     adamw, muon = build_optimizers(model, config)

@@ -201,7 +201,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
 def test_no_operation_of_scoring_is_one_whose_digits_change(architecture: str) -> None:
     """PyTorch gives these to MKL's vector library: its first call by several threads may differ in a last digit."""
     model = SmallGPT(
