@@ -49,12 +49,12 @@ def loop(
     loss_function = compiled(state.model, config)
     seq_len = settings.seq_len or config.model.max_seq_len
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * seq_len
-    speed = Speed(folder / "speed.csv" if ranks.first else None, tokens_per_step)
     quiet = None if ranks.first else True  # None: quiet unless stderr is a terminal
     bar = tqdm(total=settings.max_steps, initial=state.step, unit="step", desc="train", disable=quiet, mininterval=0.5)
     with stop_signals() as received, bar:
         if state.step == 0 and ranks.first:
             validate(config, state, data["valid"], tracker)
+        speed = Speed(folder / "speed.csv" if ranks.first else None, tokens_per_step, state.step)
         while state.step < settings.max_steps:
             loss, norm, rate = train_step(config, state, data["train"], loss_function, seq_len, ranks)
             state.step += 1
@@ -205,17 +205,15 @@ def validate(config: Config, state: TrainState, data: TokenFile, tracker: Tracke
 class Speed:
     """Tokens per second and memory, kept out of the reproducible outputs: a CSV in the work folder and MLflow."""
 
-    def __init__(self, path: Path | None, tokens_per_step: int) -> None:
-        self.path, self.tokens_per_step = path, tokens_per_step
-        self.step: int | None = None
+    def __init__(self, path: Path | None, tokens_per_step: int, step: int) -> None:
+        self.path, self.tokens_per_step, self.step = path, tokens_per_step, step
         self.start = time.perf_counter()
         if path and not path.exists():
             path.write_text("step,tokens_per_second,peak_memory_mib\n", encoding="utf-8")
 
     def measure(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
-        steps = step - self.step if self.step is not None else 1
-        rate = steps * self.tokens_per_step / max(now - self.start, 1e-9)
+        rate = (step - self.step) * self.tokens_per_step / max(now - self.start, 1e-9)
         self.step, self.start = step, now
         memory = peak_memory_mib()
         if self.path:

@@ -438,16 +438,23 @@ def test_compiled_equals_eager(tmp_path: Path) -> None:
     assert found == pytest.approx(eager, rel=1e-5)
 
 
-def test_speed_is_written_beside_the_state(tmp_path: Path) -> None:
-    speed = Speed(tmp_path / "speed.csv", tokens_per_step=100)
+def test_speed_is_written_beside_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("smallgpt.loop.time.perf_counter", lambda: now[0])
+    speed = Speed(tmp_path / "speed.csv", tokens_per_step=100, step=0)
+    now[0] += 5.0
+    assert speed.measure(10)["tokens_per_second"] == 200
     with speed.paused():
-        pass
-    assert speed.measure(1)["tokens_per_second"] > 0
-    assert speed.measure(3)["peak_memory_mib"] > 10
-    Speed(tmp_path / "speed.csv", tokens_per_step=100).measure(4)  # a resumed run adds to the file
+        now[0] += 60.0
+    now[0] += 1.0
+    assert speed.measure(12)["tokens_per_second"] == 200
+    assert speed.measure(13)["peak_memory_mib"] > 10
+    resumed = Speed(tmp_path / "speed.csv", tokens_per_step=100, step=50)  # adds to the file
+    now[0] += 2.0
+    assert resumed.measure(60)["tokens_per_second"] == 500
     lines = (tmp_path / "speed.csv").read_text().splitlines()
     assert lines[0] == "step,tokens_per_second,peak_memory_mib"
-    assert [line.split(",")[0] for line in lines[1:]] == ["1", "3", "4"]
+    assert [line.split(",")[0] for line in lines[1:]] == ["10", "12", "13", "60"]
 
 
 @pytest.mark.slow
