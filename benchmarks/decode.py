@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,6 +30,8 @@ import numpy as np
 
 from smallgpt.cli import processors
 from smallgpt.files import write_atomic, write_json
+from smallgpt.machine import describe_machine
+from smallgpt.score import token_nats
 
 ROOT = Path(__file__).resolve().parent.parent
 # The engines by width of the weights, ours first; with each what it loads: a bundle, a GGUF type, a compute type.
@@ -64,7 +65,7 @@ PACKAGES = {
 ENVIRONMENTS = {"onnxruntime-genai": ".venv-genai", "Transformers": ".venv"}
 PEERS = ("llama.cpp", "CTranslate2", "onnxruntime-genai", "Transformers")
 SMALL_CACHE = "ours, int8 cache"  # in the tables where its bundles are there
-RANGES = {"16-416": (16, 416), "600-960": (600, 960)}
+RANGES = ((16, 416), (600, 960))  # of contexts; a model that has neither is timed up to the end of its own
 TIMED = {1: 400, 8: 60, 32: 24}  # at most so many steps, by batch
 PROMPTS = (16, 512)
 CHECK_PROMPTS, CHECK_TOKENS = 5, 64
@@ -127,16 +128,17 @@ def write_models(model: Path, exports: Path, work: Path, names: set[str]) -> Non
 
 
 def measure(model: engines.Engine, ids: np.ndarray, context: int) -> dict[str, float]:
-    """Seconds to the first token and tokens per second of one engine; contexts beyond the model's are left out."""
+    """Seconds to the first token and tokens per second of one engine, as far as the model's context goes."""
     result = {}
     for length in (n for n in PROMPTS if n < context):
         times = [model.first_token(ids[:length], context) for _ in range(4)]
         result[f"first token, prompt {length}"] = statistics.median(times[1:])
-    for batch, (name, (first, last)) in itertools.product(TIMED, RANGES.items()):
-        if last < context:
-            steps = min(TIMED[batch], last - first)
-            prompt = ids[: (first + last - steps) // 2]
-            result[f"batch {batch}, context {name}"] = batch * steps / model.decode(prompt, batch, steps, last + 1)
+    fitting = [(first, last) for first, last in RANGES if last < context] or [(16, context - 1)]
+    for batch, (first, last) in itertools.product(TIMED, fitting):
+        steps = min(TIMED[batch], last - first)
+        prompt = ids[: (first + last - steps) // 2]
+        seconds = model.decode(prompt, batch, steps, last + 1)
+        result[f"batch {batch}, context {first}-{last}"] = batch * steps / seconds
     result["peak memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
 
@@ -157,10 +159,7 @@ def nats(model: engines.Engine, ids: np.ndarray, context: int) -> float:
     total = 0.0
     for start in range(0, len(ids) - 1, context):
         window = ids[start : start + context + 1].astype(np.int64)
-        logits = model.logits(window[:-1]).astype(np.float64)
-        peak = logits.max(-1)
-        chosen = logits[np.arange(len(logits)), window[1:]]
-        total += float((peak + np.log(np.exp(logits - peak[:, None]).sum(-1)) - chosen).sum())
+        total += float(token_nats(model.logits(window[:-1]), window[1:]).sum())
     return total
 
 
@@ -201,13 +200,6 @@ def start(task: str, *arguments: object) -> Any:
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
-
-
-def machine(threads: int) -> dict[str, object]:
-    """Processor, cores and system."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {"processor": names[0], "cores": os.cpu_count(), "threads": threads, "system": platform.system()}
 
 
 def run(
@@ -253,7 +245,7 @@ def run(
         cold.append(cold_start(exports / "int8"))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     report: dict[str, Any] = {
-        "machine": machine(threads),
+        "machine": {"cpu": describe_machine(), "threads": threads},
         "model": config,
         "versions": {name: _version(python(engine), name) for engine, name in PACKAGES.items() if engine in names},
         "rounds": rounds,
@@ -295,7 +287,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"{shape['architecture']}, {shape['num_layers']} layers of {shape['embed_dim']}, vocabulary "
-        f"{shape['vocab_size']}, context {shape['max_seq_len']}, on {machine['processor']}, {machine['threads']} "
+        f"{shape['vocab_size']}, context {shape['max_seq_len']}, on {machine['cpu']}, {machine['threads']} "
         f"threads; medians of {report['rounds']} rounds, tokens/s unless said; {versions}. Memory reads "
         f"{report['memory bytes per second'] / 1e9:.1f} GB/s. Greedy fp32 texts equal to ours: {same}. "
         f"Cold start of int8: {report['cold start of int8, seconds']:.2f} s.",
@@ -317,10 +309,10 @@ def to_markdown(report: dict[str, Any]) -> str:
             for engine, names in rivals.values():
                 parts.append(_ratio(row, values[engine], [values[name] for name in names if values[name] is not None]))
             lines.append(f"| {row} | " + " | ".join(parts) + " |")
-    name = "batch 1, context 16-416"
-    ours = {width: cells["ours"] for width, cells in report["median"].items() if name in cells.get("ours", {})}
+    ours = {width: cells["ours"] for width, cells in report["median"].items() if "ours" in cells}
     if ours:
         speed = report["memory bytes per second"]
+        name = next(row for row in next(iter(ours.values())) if row.startswith("batch 1, "))
         text = ", ".join(f"{width} {cell[name] * cell['file size'] / speed:.0%}" for width, cell in ours.items())
         lines += ["", f"Ours at {name}, share of the memory limit (file size over bandwidth): {text}."]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from smallgpt.bundle import MODEL, TOKENIZER
 from smallgpt.files import sha256_file
 from smallgpt.model import SmallGPT
 from smallgpt.runtime import OrtGPT
+from smallgpt.score import token_nats
 from smallgpt.tokenizer import Tokenizer
 
 BATCHES = (1, 2, 5)
@@ -115,7 +116,7 @@ def _compare_text(
         expected, actual = _torch_logits(model, window[:-1]), served.logits(window[:-1])
         difference.add(expected, actual)
         same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
-        nats += [_nats(expected, window[1:]), _nats(actual, window[1:])]
+        nats += [token_nats(logits, window[1:]).sum() for logits in (expected, actual)]
     scores = {"top1_agreement": _rounded(same / (len(ids) - 1)), **_bits_per_byte(nats, tokenizer, ids)}
     return scores, {"text": difference.to_dict()}
 
@@ -128,7 +129,7 @@ def _compare_singles(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids:
         window = ids[start : start + context + 1]
         expected = _torch_logits(model, window[:-1])
         actual = served.logits(window[:-1], range(1, len(window) - 1))
-        nats += [_nats(expected, window[1:]), _nats(actual, window[1:])]
+        nats += [token_nats(logits, window[1:]).sum() for logits in (expected, actual)]
     return {f"single_{key}": value for key, value in _bits_per_byte(nats, tokenizer, ids).items()}
 
 
@@ -141,13 +142,6 @@ def _bits_per_byte(nats: np.ndarray, tokenizer: Tokenizer, ids: np.ndarray) -> d
         "bits_per_byte_onnx": of_onnx,
         "bits_per_byte_difference": _rounded(abs(of_onnx / of_torch - 1)),
     }
-
-
-def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Sum of -ln p of the targets (T,) under the logits (T, V)."""
-    exact = logits.astype(np.float64)
-    top = exact.max(-1)
-    return float((np.log(np.exp(exact - top[:, None]).sum(-1)) + top - exact[np.arange(len(targets)), targets]).sum())
 
 
 def _compare_batches(served: OrtGPT, model: SmallGPT, ids: np.ndarray) -> dict[str, dict[str, float]]:

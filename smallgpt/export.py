@@ -81,9 +81,10 @@ def export(
     ids = _read_ids(tokens, split, config.certificate_tokens + 1, model)
     moments, scales = {}, []
     chosen = [VARIANTS[name] for name in config.variants]
-    if any(variant.bits == 4 or variant.small_cache for variant in chosen):
-        sample = _read_ids(tokens, "train", CALIBRATION_TOKENS, model)
-        moments, scales = second_moments(model, sample), cache_scales(model, sample)
+    if any(variant.bits == 4 for variant in chosen):
+        moments = second_moments(model, _read_ids(tokens, "train", CALIBRATION_TOKENS, model))
+    if any(variant.small_cache for variant in chosen):
+        scales = cache_scales(model, _read_ids(tokens, "train", CALIBRATION_TOKENS, model))
     figures: dict[str, dict[str, Any]] = {}
     with replace_folder(out) as folder:
         for name in config.variants:

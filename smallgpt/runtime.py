@@ -137,21 +137,18 @@ class OrtGPT:
         ids = np.asarray(ids, np.int64)
         return self._run(row, ids[None], self.lengths[row : row + 1] + len(ids), np.arange(len(ids)))
 
-    def step(self, tokens: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+    def step(self, tokens: np.ndarray) -> np.ndarray:
         """Add one token to each of the first B rows, `tokens` (B,); logits after it, (B, V), until the next call.
 
-        A sequence that is not `active` (B,) is not lengthened; its logits mean nothing. Raises ValueError when an
-        active sequence is full.
+        Raises ValueError when a sequence is full.
         """
         batch = len(tokens)
         lengths = self.lengths[:batch]
-        active = np.ones(batch, bool) if active is None else active
-        if (lengths[active] >= self.capacity).any():
+        if (lengths >= self.capacity).any():
             raise ValueError(f"{self.capacity + 1} tokens do not fit into the context of {self.capacity}")
         call = self._call(0, batch, 1, batch)
-        past = np.minimum(lengths, self.capacity - 1)  # a finished and full sequence rewrites its last token
-        self._execute(call, tokens[:, None], past[:, None], past + 1)
-        lengths += active
+        self._execute(call, tokens[:, None], lengths[:, None], lengths + 1)
+        lengths += 1
         return call.logits
 
     def logits(self, ids: Sequence[int] | np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:

@@ -85,15 +85,21 @@ def score_with(
     ids = np.asarray(ids, np.int64)
     scores = _empty(len(ids) - 1)
     for start, first, end in windows(len(ids), context, stride):
-        logits = logits_of(ids[start:end])[first - start :].astype(np.float64)
+        logits = logits_of(ids[start:end])[first - start :]
         y = ids[first + 1 : end + 1, None]
         target = np.take_along_axis(logits, y, axis=1)  # (scored, 1)
-        most = logits.max(axis=1, keepdims=True)
-        total = most + np.log(np.exp(logits - most).sum(axis=1, keepdims=True))
-        scores.nats[first:end] = (total - target)[:, 0]
+        scores.nats[first:end] = token_nats(logits, y[:, 0])
         scores.rank[first:end] = ((logits > target) | ((logits == target) & (np.arange(logits.shape[1]) < y))).sum(1)
         scores.position[first:end] = np.arange(first - start, end - start)
     return scores
+
+
+def token_nats(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-ln p (T,), in float64, of the targets (T,) under the logits (T, V)."""
+    exact = logits.astype(np.float64)
+    most = exact.max(-1)
+    nats: np.ndarray = most + np.log(np.exp(exact - most[:, None]).sum(-1)) - exact[np.arange(len(targets)), targets]
+    return nats
 
 
 def _empty(tokens: int) -> Scores:

@@ -20,7 +20,7 @@ from smallgpt.tokens import TokenFile
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 1  # part of the fingerprint: raise it when the loop changes what it computes
+SOURCES = ("distributed", "loop", "model", "optim", "state", "tokens")  # the modules that a step comes from
 
 
 @dataclass
@@ -55,9 +55,9 @@ def new_state(config: Config, device: torch.device) -> TrainState:
 
 
 def fingerprint(config: Config, data: dict[str, TokenFile], device: torch.device, threads: int) -> str:
-    """Hash of all that shapes the result: settings, data, tokenizer, PyTorch, threads, device."""
+    """Hash of all that shapes the result: settings, data, tokenizer, source, PyTorch, threads, device."""
     parts = {
-        "format": STATE_FORMAT,
+        "source": [sha256_file(Path(__file__).with_name(f"{name}.py")) for name in SOURCES],
         "model": config.model.model_dump(),
         "training": config.training.model_dump(exclude={"resume", "checkpoint_interval", "device", "threads"}),
         "data": {split: file.sha256 for split, file in data.items()},

@@ -225,17 +225,6 @@ def test_logits_do_not_depend_on_the_batch(pair) -> None:
         assert np.array_equal(np.stack(alone)[:, 0], np.stack(batched)[:, i])
 
 
-def test_sequences_that_are_not_active_leave_the_others_alone(pair) -> None:
-    model, bundles = pair
-    served = OrtGPT(bundles / "fp32", threads=1)
-    rows = random_ids(2, CONTEXT)
-    served.prefill(np.concatenate([rows[:1], rows[:1]]), np.array([CONTEXT, 5]))  # the first has no room left
-    for position in range(5, 20):
-        logits = served.step(rows[0, [0, position]], np.array([False, True]))[1]
-        np.testing.assert_allclose(logits, torch_logits(model, rows[:1])[0, position], rtol=0, atol=2e-5)
-    assert served.lengths.tolist() == [CONTEXT, 20]
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("columns", "bias"), [(40, False), (40, True), (1100, True)])
 def test_products_in_integers(bits: int, columns: int, bias: bool) -> None:

@@ -351,7 +351,6 @@ def test_greedy_texts_of_200_prompts_are_the_same(bundle: Path) -> None:
     """Where a text differs, two tokens must have been equally likely up to rounding."""
     model = OrtGPT(bundle, threads=1)
     config = GenerationConfig(temperature=0, max_new_tokens=30)
-    batch = Batch(model, 1, speculate=8)
     same = 0
     for number in range(200):
         plain = alone(model, repeating(number), config, logprobs=2)

@@ -159,7 +159,7 @@ def test_accumulation_sees_the_same_windows(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(halves), whole)
 
 
-# Muon orthogonalises in bfloat16, which makes last digits into larger ones from the second step on.
+# Muon brings all singular values to about one, the smallest too, whose directions rest on last digits.
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 2e-3)])
 def test_accumulation_equals_a_large_batch(tmp_path: Path, optimizer: str, tolerance: float) -> None:
     once = run_loop(configure(optimizer=optimizer, batch_size=16), tmp_path / "once")

@@ -80,7 +80,6 @@ def test_who_is_trained_by_what(architecture: str) -> None:
     assert names(model, muon, 0) == blocks
     assert names(model, adamw, 0) == embeddings
     assert names(model, adamw, 1) == everything - blocks - embeddings
-    (alone,) = build_optimizers(*make("adamw", architecture))
     model, config = make("adamw", architecture)
     (alone,) = build_optimizers(model, config)
     assert names(model, alone, 0) == blocks | embeddings

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from small_run import configure, contents, copy, run_loop, same, streams, token_file
 
+from smallgpt import state as state_module
 from smallgpt.config import Config
 from smallgpt.optim import optimizer_tensors
 from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state, save_state
@@ -160,6 +162,19 @@ def test_a_half_written_state_is_no_state(saved: Path) -> None:
     (saved / "speed.csv").write_text("step\n")
     clear_states(saved)
     assert [path.name for path in saved.iterdir()] == ["speed.csv"]
+
+
+def test_a_state_of_another_source_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(configure(), streams(), CPU, 1)
+    library = shutil.copytree(Path(state_module.__file__).parent, tmp_path / "smallgpt")
+    monkeypatch.setattr(state_module, "__file__", str(library / "state.py"))
+    assert fingerprint(configure(), streams(), CPU, 1) == before
+    seen = {before}
+    for name in state_module.SOURCES:
+        with (library / f"{name}.py").open("a") as file:
+            file.write("# another line\n")
+        seen.add(fingerprint(configure(), streams(), CPU, 1))
+    assert len(seen) == 1 + len(state_module.SOURCES)
 
 
 def test_fingerprint_depends_on_all_that_shapes_the_result() -> None:
