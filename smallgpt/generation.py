@@ -253,8 +253,9 @@ class Batch:
             pieces = self._plain_step()
             self.speculation.plain(time.perf_counter() - begin)
             return pieces
-        tokens = [row.ids[-1], *guess]
         few = MANY_TOKENS - 1  # at a time, as quantised graphs multiply a single token
+        guess = guess[: len(guess) - (len(guess) % few == 0)]  # the token after it would be a call of its own
+        tokens = [row.ids[-1], *guess]
         pieces = []
         for i, guessed in enumerate([*guess, None]):
             if i % few == 0:
