@@ -41,6 +41,7 @@ ui: .venv/.installed  ## Show the runs on http://127.0.0.1:5000
 	@mlflow ui --host 127.0.0.1 --backend-store-uri "$$(python -c 'from smallgpt.tracking import tracking_uri; print(tracking_uri())')"
 
 bench-train: .venv/.installed  ## Training speed against Transformers and the machine's peak; half an hour on 2 cores
+	@rm -f reports/bench/train.json  # it may be another machine's
 	@python benchmarks/train.py --shape gpt2,llama,default
 	@python benchmarks/train.py --shape gpt2 --only products,ours,peer --mode compiled --variant dropout,long
 	@python benchmarks/train.py --shape gpt2 --only ours --mode compiled --variant base,muon,ema,accumulated,accumulated-muon
@@ -69,8 +70,8 @@ format: .venv/.installed  ## Format the code
 	.venv-genai/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt onnxruntime-genai
 	touch $@
 
-bench: .venv/.installed .venv-bench/.installed .venv-genai/.installed  ## Time decoding of models/gpt and exports against four other engines
+bench: .venv/.installed .venv-bench/.installed .venv-genai/.installed  ## Time decoding of models/gpt and exports against four engines
 	@.venv-bench/bin/python benchmarks/decode.py
 
-clean:  ## Remove what the pipeline and the tools wrote, but not the environment or the DVC cache
-	rm -rf data/prepared data/tokens models exports reports .smallgpt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## Remove what the pipeline and the tools wrote, but not the environment, the DVC cache and MLflow's runs
+	rm -rf data/prepared data/tokens models exports reports/{*.json,train,evaluate} .smallgpt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -244,7 +244,7 @@ def _ids(model: OrtGPT, text: str, config: GenerationConfig, options: argparse.N
     ids, limit = model.tokenizer.encode(text), model.max_seq_len
     if options.truncate and len(ids) + 1 > limit:
         kept = max(limit // 2, limit - config.max_new_tokens) - 1
-        print(f"the prompt has {len(ids)} tokens; only the last {kept} are read", file=sys.stderr)
+        print(f"the prompt has {len(ids) + 1} tokens; only <|eos|> and the last {kept} are read", file=sys.stderr)
         ids = ids[len(ids) - kept :]
     ids = [model.tokenizer.eos_id, *ids]
     try:

@@ -387,7 +387,7 @@ def test_prompts_that_do_not_fit(random_bundles: Path, capsys: pytest.CaptureFix
         main([str(bundle), "-p", prompt])
     ids = tiny.tokenizer().encode(prompt)
     text, messages = call(capsys, bundle, "-p", prompt, "-n", 10, "--greedy", "--truncate", "left", "-q")
-    assert messages == f"the prompt has {len(ids)} tokens; only the last 53 are read\n"
+    assert messages == f"the prompt has {len(ids) + 1} tokens; only <|eos|> and the last 53 are read\n"
     config = GenerationConfig(temperature=0, max_new_tokens=10)
     assert text == "".join(stream_text(tiny.random_model("llama"), [3, *ids[-53:]], config))
     row = json.loads(
