@@ -1,8 +1,8 @@
 """The thread that owns the model: requests join the batch, grow and leave it while others do.
 
-Samples share the rows of one `generation.Batch`. Beam searches, the scoring of prompts and the probe of /health run on
-forks of the model, one of each kind at a time and one step between two steps of the batch, so that a long one holds
-nobody up.
+Samples share the rows of one `generation.Batch`. A free row goes in turns to a request that waits and to one that has
+begun and has more choices than rows. Beam searches, the scoring of prompts and the probe of /health run on forks of
+the model, one of each kind at a time and one step between two steps of the batch, so that a long one holds nobody up.
 """
 
 import contextlib
@@ -85,7 +85,8 @@ class Request:
     probe: bool = False  # only run a token; never refused
     submitted: float = field(default_factory=time.perf_counter)
     events: list[Event] = field(default_factory=list)  # not delivered yet
-    open: set[int] = field(default_factory=set)  # choices in the batch
+    open: set[int] = field(default_factory=set)  # choices for the batch that have not ended
+    rest: deque[int] = field(default_factory=deque)  # those that wait for a row
     started: bool = False
 
     @property
@@ -113,6 +114,8 @@ class Scheduler:
         self._cancelled: list[Request] = []
         self._running: set[Request] = set()
         self._jobs: dict[Kind, tuple[Request, Iterator[list[Event]]]] = {}
+        self._feeding: deque[Request] = deque()  # started, with choices that wait for a row
+        self._turn = True  # of a request that waits; else one that has started gets the next row
         self._draining = self._closed = False
         self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -200,10 +203,10 @@ class Scheduler:
             for request in cancelled:
                 self._cancel(request)
             for request in list(self._waiting):
-                free = self._batch.busy < self.rows if request.kind == "batch" else request.kind not in self._jobs
-                if free:
+                if request.kind != "batch" and request.kind not in self._jobs:
                     self._waiting.remove(request)
                     self._start(request)
+            self._fill()
             return not self._closed
 
     def _start(self, request: Request) -> None:
@@ -216,18 +219,38 @@ class Scheduler:
             self._jobs[request.kind] = (request, work(request))
 
     def _join(self, request: Request) -> None:
-        """Give the choices of a request to the batch."""
-        request.open = set(range(len(request.prompts) * request.n))
+        """Let the choices of a request wait for rows."""
+        request.rest.extend(range(len(request.prompts) * request.n))
+        request.open = set(request.rest)
+        if request.open:
+            self._feeding.appendleft(request)
+        else:
+            self._end(request)
+
+    def _fill(self) -> None:
+        """Give the free rows in turns to requests that wait and to choices of those that have started."""
+        while self._batch.busy < self.rows:
+            waiting = next((request for request in self._waiting if request.kind == "batch"), None)
+            if waiting and (self._turn or not self._feeding):
+                self._waiting.remove(waiting)
+                self._start(waiting)
+            self._turn = not self._turn
+            if self._feeding:
+                self._feed(self._feeding.popleft())
+            elif not waiting:
+                break
+
+    def _feed(self, request: Request) -> None:
+        """Give the next choice of a request to the batch."""
+        choice = request.rest.popleft()
+        prompt, number = request.prompts[choice // request.n], choice % request.n
         try:
-            for choice in sorted(request.open):
-                prompt, number = request.prompts[choice // request.n], choice % request.n
-                key = (request, choice)
-                self._batch.add(key, prompt, request.config, number=number, logprobs=request.logprobs)
+            self._batch.add((request, choice), prompt, request.config, number=number, logprobs=request.logprobs)
         except Exception as error:
             self._end(request, error)
         else:
-            if not request.open:
-                self._end(request)
+            if request.rest:
+                self._feeding.append(request)
 
     def _after(self, kind: Kind, request: Request) -> None:
         """Go on with a request whose job is done."""
@@ -326,6 +349,8 @@ class Scheduler:
         for choice in request.open:
             self._batch.cancel((request, choice))
         self._running.discard(request)
+        if request in self._feeding:
+            self._feeding.remove(request)
         self.metrics.counts[f"requests_{'failed' if error else outcome}"] += not request.probe
         request.events.append(End(error))
         self._deliver(request)

@@ -130,6 +130,16 @@ def test_a_long_search_and_a_long_sample_hold_nobody_up(scheduler: Scheduler) ->
     assert scheduler.idle
 
 
+def test_a_request_of_many_choices_shares_the_rows(scheduler: Scheduler) -> None:
+    config = GenerationConfig(max_new_tokens=20, ignore_eos=True)
+    many = Asked(scheduler, [[3]] * 2, config, n=30)
+    for few in [Asked(scheduler, [[3]], config) for _ in range(3)]:
+        few.all()
+    assert many.batches.empty()
+    events = many.all()
+    assert [sum(event.choice == choice for event in events) for choice in range(60)] == [20] * 60  # type: ignore[union-attr]
+
+
 def test_cancelled_requests_leave_at_once(scheduler: Scheduler, model: OrtGPT) -> None:
     config = GenerationConfig(seed=1, max_new_tokens=300, ignore_eos=True)
     stays = Asked(scheduler, [[3]], config)
