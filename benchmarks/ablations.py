@@ -48,12 +48,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 NOISE = 0.005  # nats a token; smaller effects are none
 
 
-def measure(changes: dict[str, Any], seed: int, epochs: float) -> dict[str, Any]:
-    """Train once and return what the table needs."""
-    params = yaml.safe_load((ROOT / "configs/shakespeare-25m.yaml").read_text(encoding="utf-8"))
-    for key, value in (changes | {"training.seed": seed}).items():
+def settings_with(changes: dict[str, Any]) -> dict[str, Any]:
+    """The preset, changed."""
+    params: dict[str, Any] = yaml.safe_load((ROOT / "configs/shakespeare-25m.yaml").read_text(encoding="utf-8"))
+    for key, value in changes.items():
         section, name = key.split(".")
         params[section][name] = value
+    return params
+
+
+def measure(changes: dict[str, Any], seed: int, epochs: float) -> dict[str, Any]:
+    """Train once and return what the table needs."""
+    params = settings_with(changes | {"training.seed": seed})
     with tempfile.TemporaryDirectory() as folder:
 
         def run(stage: str) -> None:
@@ -120,7 +126,9 @@ def main() -> None:
     parser.add_argument("--only", help=f"of {', '.join(CHANGES)} (default: all)")
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--epochs", type=float, default=10.0)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the control; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the control, paths absolute; repeatable"
+    )
     parser.add_argument("--out", type=Path, default=Path("reports/bench/ablations.json"))
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(CHANGES)
@@ -130,12 +138,14 @@ def main() -> None:
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "control": ", ".join(f"{key} {value}" for key, value in control.items()) + f", {options.epochs:g} epochs",
+        "settings": {part: settings_with(control)[part] for part in ("prepare", "tokenizer", "model", "training")},
         "runs": {},
     }
     if options.out.is_file():
         before = json.loads(options.out.read_text(encoding="utf-8"))
-        if before["control"] != report["control"]:
-            parser.error(f"{options.out} is of another control ({before['control']}); name another file with --out")
+        for key in ("machine", "control", "settings"):
+            if before[key] != report[key]:
+                parser.error(f"{options.out} is of another {key} ({before[key]}); name another file with --out")
         report["runs"] = before["runs"]
     for seed in options.seeds.split(","):  # all changes with one seed first
         for name in names:
