@@ -62,12 +62,13 @@ def add(project: Path, config_file: str, out: Path) -> Path:
     """Write the row of the model that stands in `project` and return its path.
 
     The reported split is test, or valid where the corpus has no test split. Raises FileNotFoundError when a stage has
-    not run, and MismatchError when `config_file` is not what the model was trained with or the reports are another
-    model's.
+    not run, and MismatchError when `config_file` is not what the model was trained with, the seed aside, or the reports
+    are another model's.
     """
-    config = load_config(project / config_file)
-    if config != load_config(project / "params.yaml"):
-        raise MismatchError(f"{config_file} differs from params.yaml, which is what was run")
+    config, named = load_config(project / "params.yaml"), load_config(project / config_file)
+    seeded = named.training.model_copy(update={"seed": config.training.seed})
+    if config != named.model_copy(update={"training": seeded}):
+        raise MismatchError(f"{config_file} differs from params.yaml, which is what was run, in more than the seed")
     prepared = _read(project / "reports/prepare.json", "prepare")
     summary = _read(project / "reports/train/summary.json", "train")
     scored = _read(project / "reports/evaluate/perplexity.json", "evaluate")

@@ -51,6 +51,12 @@ def test_a_row_holds_the_figures_of_the_files(project: Path) -> None:
     assert row["model_sha256"] == digest
 
 
+def test_a_preset_may_be_run_with_another_seed(project: Path) -> None:
+    (project / "preset.yaml").write_text("training: {seed: 8, warmup_steps: 1, max_steps: 9}\n")
+    row = json.loads(add(project, "preset.yaml", project / "rows").read_text())
+    assert (row["config"], row["seed"]) == ("preset.yaml", 7)
+
+
 def test_the_page_has_a_line_for_each_row(project: Path) -> None:
     call(project, "add")
     (project / "models/gpt/model.safetensors").write_bytes(b"others")
@@ -77,7 +83,7 @@ def test_files_of_different_runs_are_refused(project: Path) -> None:
     summary.write_text(summary.read_text().replace('"steps": 9', '"steps": 10'))
     with pytest.raises(MismatchError, match="belong to different runs"):
         add(project, "params.yaml", project / "rows")
-    (project / "other.yaml").write_text("training: {seed: 8}\n")
+    (project / "other.yaml").write_text("training: {seed: 8, warmup_steps: 1, max_steps: 8}\n")
     with pytest.raises(MismatchError, match=r"other\.yaml differs from params\.yaml"):
         add(project, "other.yaml", project / "rows")
     summary.unlink()
