@@ -48,7 +48,7 @@ VARIANTS = {
     # Rounded weights and inputs move every logit; what counts is the bits per byte, and few tokens tell it less well.
     "int8": Variant("float32", ("cpu",), Limits(2.0, 0.1, 2e-3, 2.0, 4e-3), bits=8),
     "int4": Variant("float32", ("cpu",), Limits(6.0, 0.5, 5e-3, 8.0, 1e-2), bits=4),
-    "fp32-kv8": Variant("float32", ("cpu",), Limits(2.0, 0.1, 2e-3, 2.0, 4e-3), small_cache=True),
+    "fp32-kv8": Variant("float32", ("cpu",), Limits(0.5, 0.05, 1e-4, 0.5, 1e-3), small_cache=True),
     "int8-kv8": Variant("float32", ("cpu",), Limits(2.0, 0.1, 2e-3, 2.0, 4e-3), bits=8, small_cache=True),
     "int4-kv8": Variant("float32", ("cpu",), Limits(6.0, 0.5, 5e-3, 8.0, 1e-2), bits=4, small_cache=True),
     # Half precision has 11 bits: logits around 10 are rounded by up to 0.004 in the last layer alone.
