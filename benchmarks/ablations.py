@@ -24,6 +24,7 @@ import yaml
 
 from smallgpt.files import write_atomic, write_json
 from smallgpt.machine import describe_machine
+from smallgpt.train import pick_device, pick_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = {"model.embed_dim": 256, "model.num_heads": 4, "model.num_layers": 4, "model.dropout": 0.1}
@@ -97,7 +98,7 @@ def measure(changes: dict[str, Any], seed: int, epochs: float) -> dict[str, Any]
 def to_markdown(report: dict[str, Any]) -> str:
     """One row for each change; its effect is in nats for a token of the control."""
     lines = [
-        f"{report['machine']}. Control: {report['control']}. Effects above zero are "
+        f"{report['machine']}, {report['precision']}. Control: {report['control']}. Effects above zero are "
         f"worse, those below {NOISE} nats a token are noise.",
         "",
         "| change | parameters | bits/byte, best of valid | mean | effect, nats | best after epoch |",
@@ -135,17 +136,19 @@ def main() -> None:
     if unknown := set(names) - set(CHANGES):
         parser.error(f"--only names {', '.join(sorted(unknown))}; known are {', '.join(CHANGES)}")
     control = CONTROL | {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in options.set)}
+    training = settings_with(control)["training"]
     report: dict[str, Any] = {
         "machine": describe_machine(),
+        "precision": pick_precision(training["precision"], pick_device(training["device"])),
         "control": ", ".join(f"{key} {value}" for key, value in control.items()) + f", {options.epochs:g} epochs",
         "settings": {part: settings_with(control)[part] for part in ("prepare", "tokenizer", "model", "training")},
         "runs": {},
     }
     if options.out.is_file():
         before = json.loads(options.out.read_text(encoding="utf-8"))
-        for key in ("machine", "control", "settings"):
-            if before[key] != report[key]:
-                parser.error(f"{options.out} is of another {key} ({before[key]}); name another file with --out")
+        for key in ("machine", "precision", "control", "settings"):
+            if before.get(key) != report[key]:
+                parser.error(f"{options.out} is of another {key}; name another file with --out")
         report["runs"] = before["runs"]
     for seed in options.seeds.split(","):  # all changes with one seed first
         for name in names:

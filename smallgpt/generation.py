@@ -7,7 +7,7 @@ settings and its own random numbers, so what it says does not depend on its comp
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -61,7 +61,7 @@ class _Row:
     banned: list[int]
     ends: list[int]
     limit: int  # tokens it may still get at most, at its start
-    started: float = field(default_factory=time.perf_counter)
+    started: float  # time.perf_counter, for config.max_time
     position: int = 0  # tokens drawn so far
 
 
@@ -168,11 +168,13 @@ class Batch:
         *,
         number: int = 0,
         logprobs: int | None = None,
+        started: float | None = None,
     ) -> None:
         """Let a sequence wait for a row: a `key` no other has, `prompt` ids, `number` for its random numbers.
 
         `logprobs` asks for the token's log-probability and those of so many most likely tokens. config.max_time
-        counts from here. config.num_beams and num_return_sequences do not act here.
+        counts from here, or from `started` (time.perf_counter). config.num_beams and num_return_sequences do not act
+        here.
         """
         check_prompt(self.model, prompt)
         config.check_ids(self.model.tokenizer.vocab_size)
@@ -183,7 +185,8 @@ class Batch:
         ends = [tokenizer.eos_id, *config.stop_token_ids]
         limit = new_tokens(config, prompt, tokenizer)
         stream = tokenizer.stream(config.stop)
-        row = _Row(key, list(prompt), config, number, logprobs, stream, banned, ends, limit)
+        started = time.perf_counter() if started is None else started
+        row = _Row(key, list(prompt), config, number, logprobs, stream, banned, ends, limit, started)
         (self._waiting if limit else self._empty).append(row)
 
     def cancel(self, key: Hashable) -> Piece | None:

@@ -74,7 +74,9 @@ def add(project: Path, config_file: str, out: Path) -> Path:
     scored = _read(project / "reports/evaluate/perplexity.json", "evaluate")
     model = _read(project / "models/gpt/config.json", "train")
     digest = sha256_file(project / "models/gpt/model.safetensors")
-    if model["model"] != config.model.model_dump() or summary["steps"] != model["last_step"]:
+    seed = summary.get("seed", config.training.seed)  # summaries did not always have one
+    trained = model["model"], seed, summary["steps"]
+    if trained != (config.model.model_dump(), config.training.seed, model["last_step"]):
         raise MismatchError("models/gpt, reports/ and params.yaml belong to different runs; run dvc repro first")
     split = "test" if "test" in scored else "valid"
     machine = project / ".smallgpt/train/runs" / f"{digest[:16]}.json"

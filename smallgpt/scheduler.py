@@ -6,6 +6,7 @@ the model, one of each kind at a time and one step between two steps of the batc
 """
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from smallgpt.beams import beam_search
-from smallgpt.generation import Batch, Finish, logprobs_of
+from smallgpt.generation import Batch, Finish, check_prompt, logprobs_of
 from smallgpt.metrics import Metrics
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
@@ -87,6 +88,7 @@ class Request:
     events: list[Event] = field(default_factory=list)  # not delivered yet
     open: set[int] = field(default_factory=set)  # choices for the batch that have not ended
     rest: deque[int] = field(default_factory=deque)  # those that wait for a row
+    joined: float = 0.0  # when the first of them could have had one; config.max_time counts from here
     started: bool = False
 
     @property
@@ -220,18 +222,26 @@ class Scheduler:
 
     def _join(self, request: Request) -> None:
         """Let the choices of a request wait for rows."""
+        try:
+            for prompt in request.prompts:
+                check_prompt(self.model, prompt)
+        except ValueError as error:
+            self._end(request, error)
+            return
         request.rest.extend(range(len(request.prompts) * request.n))
-        request.open = set(request.rest)
-        if request.open:
-            self._feeding.appendleft(request)
-        else:
+        request.open, request.joined = set(request.rest), time.perf_counter()
+        if not request.open:
             self._end(request)
+        elif request.score:
+            self._feeding.append(request)
+        else:
+            self._feeding.appendleft(request)  # its first choice gets the row that it was started for
 
     def _fill(self) -> None:
         """Give the free rows in turns to requests that wait and to choices of those that have started."""
         while self._batch.busy < self.rows:
             waiting = next((request for request in self._waiting if request.kind == "batch"), None)
-            if waiting and (self._turn or not self._feeding):
+            if waiting and (self._turn or not self._feeding) and len(self._feeding) < self.rows:
                 self._waiting.remove(waiting)
                 self._start(waiting)
             self._turn = not self._turn
@@ -244,8 +254,9 @@ class Scheduler:
         """Give the next choice of a request to the batch."""
         choice = request.rest.popleft()
         prompt, number = request.prompts[choice // request.n], choice % request.n
+        add = functools.partial(self._batch.add, number=number, logprobs=request.logprobs, started=request.joined)
         try:
-            self._batch.add((request, choice), prompt, request.config, number=number, logprobs=request.logprobs)
+            add((request, choice), prompt, request.config)
         except Exception as error:
             self._end(request, error)
         else:
@@ -269,7 +280,7 @@ class Scheduler:
         except Exception as error:  # the rows are in an unknown state: everything in them is lost
             log.exception("the batch failed")
             self._batch = self._new_batch()
-            for request in [request for request in self._running if request.open]:
+            for request in [request for request in self._running if len(request.open) > len(request.rest)]:
                 self._end(request, error)
             return
         self.metrics.step.add(time.perf_counter() - begin)

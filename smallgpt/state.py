@@ -20,7 +20,7 @@ from smallgpt.tokens import TokenFile
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("distributed", "loop", "model", "optim", "state", "tokens")  # the modules that a step comes from
+SOURCES = ("distributed", "loop", "model", "optim", "score", "state", "tokens")  # what a training computes with
 
 
 @dataclass

@@ -65,7 +65,7 @@ def train(
     key = fingerprint(config, data, device, threads)
     folder = work / key[:16]
     unknown = MismatchError(
-        f"{work} holds no stopped training with these settings, data and versions; "
+        f"{work} holds no stopped training with these settings, data, source and versions; "
         "give it what it was started with, or use --out to start a new one"
     )
     if resume_only and not any(folder.glob("state-*")):
@@ -164,6 +164,7 @@ def finish(
     per_step = config.training.batch_size * config.training.gradient_accumulation_steps * seq_len
     summary = {
         "parameters": state.model.num_parameters(),
+        "seed": config.training.seed,
         "steps": state.step,
         "tokens_seen": state.step * per_step,
         "epochs": state.step * per_step / len(data["train"].ids),

@@ -20,7 +20,7 @@ def project(tmp_path: Path) -> Path:
     figures = {"bits_per_byte": 2.25, "sliding_bits_per_byte": 2.125, "perplexity": 31.5, "context": 8, "stride": 4}
     files = {
         "reports/prepare.json": {"source": "data/my.txt", "valid": {"sha256": "cd"}},
-        "reports/train/summary.json": {"parameters": 12_345, "steps": 9, "tokens_seen": 900, "epochs": 1.5},
+        "reports/train/summary.json": {"parameters": 12_345, "seed": 7, "steps": 9, "tokens_seen": 900, "epochs": 1.5},
         "reports/evaluate/perplexity.json": {"valid": figures},
         "models/gpt/config.json": {"model": model, "last_step": 9},
     }
@@ -81,6 +81,9 @@ def test_the_card_shows_samples_and_how_much_of_them_was_read_in_training(projec
 def test_files_of_different_runs_are_refused(project: Path) -> None:
     summary = project / "reports/train/summary.json"
     summary.write_text(summary.read_text().replace('"steps": 9', '"steps": 10'))
+    with pytest.raises(MismatchError, match="belong to different runs"):
+        add(project, "params.yaml", project / "rows")
+    summary.write_text(summary.read_text().replace('"steps": 10', '"steps": 9').replace('"seed": 7', '"seed": 6'))
     with pytest.raises(MismatchError, match="belong to different runs"):
         add(project, "params.yaml", project / "rows")
     (project / "other.yaml").write_text("training: {seed: 8, warmup_steps: 1, max_steps: 8}\n")

@@ -1,5 +1,6 @@
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,6 +139,51 @@ def test_a_request_of_many_choices_shares_the_rows(scheduler: Scheduler) -> None
     assert many.batches.empty()
     events = many.all()
     assert [sum(event.choice == choice for event in events) for choice in range(60)] == [20] * 60  # type: ignore[union-attr]
+
+
+def test_requests_of_many_choices_are_refused_when_too_many_wait(scheduler: Scheduler) -> None:
+    config = GenerationConfig(max_new_tokens=500, ignore_eos=True)
+    asked: list[Asked] = []
+
+    def ask() -> None:
+        for _ in range(4 + 3 + 3 + 1):  # those that wait, that have begun and that have a row
+            asked.append(Asked(scheduler, [[3]], config, n=16))
+            time.sleep(0.01)
+
+    with pytest.raises(QueueFullError):
+        ask()
+    for one in asked:
+        scheduler.cancel(one.request)
+
+
+def test_scored_requests_keep_their_order(scheduler: Scheduler) -> None:
+    ended: list[int] = []
+
+    class Numbered(Asked):
+        def __init__(self, number: int) -> None:
+            config = GenerationConfig(max_new_tokens=2, ignore_eos=True)
+            self.batches = queue.Queue()
+            deliver = lambda events: (ended.append(number), self.batches.put(events))  # noqa: E731
+            self.request = Request([[3, 4]], config, deliver, score=True)  # type: ignore[arg-type]
+            scheduler.submit(self.request)
+
+    holders = [Asked(scheduler, [[3]], ENDLESS) for _ in range(3)]
+    scored = []
+    for number in range(4):
+        scored.append(Numbered(number))
+        while scheduler.waiting:
+            time.sleep(0.01)
+    scheduler.cancel(holders[0].request)
+    for one in scored:
+        one.all()
+    assert ended == [0, 1, 2, 3]
+
+
+def test_the_time_of_a_request_is_that_of_all_its_choices(scheduler: Scheduler) -> None:
+    config = GenerationConfig(max_new_tokens=900, ignore_eos=True, max_time=0.2)
+    events = Asked(scheduler, [[3]], config, n=30).all()
+    last = [event for event in events if isinstance(event, Part) and event.choice == 29]
+    assert [event.finish for event in last] == ["time"]
 
 
 def test_cancelled_requests_leave_at_once(scheduler: Scheduler, model: OrtGPT) -> None:

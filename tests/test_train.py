@@ -240,6 +240,7 @@ def test_outs_of_a_training(runner: Runner, tmp_path: Path, tokenizer: Tokenizer
     assert 0 < best_step < 60
     assert summary == {
         "parameters": 320 * 32 + 16 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32,
+        "seed": 1,
         "steps": 60,
         "tokens_seen": 60 * 4 * SEQ_LEN,
         "epochs": 60 * 4 / 13,
@@ -500,7 +501,9 @@ def test_a_refused_resume_leaves_the_stopped_training_as_it_was(tmp_path: Path, 
         with pytest.raises(StoppedError):
             trainer.train(tmp_path / "corpus.txt")
     before = contents(tmp_path / "work")
-    with pytest.raises(MismatchError, match=r"holds no stopped training with these settings, data and versions"):
+    with pytest.raises(
+        MismatchError, match=r"holds no stopped training with these settings, data, source and versions"
+    ):
         trainer.train(tmp_path / "other.txt", resume_only=True)
     assert contents(tmp_path / "work") == before
     assert len(list((tmp_path / "work" / "state").iterdir())) == 1
