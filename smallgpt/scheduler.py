@@ -6,7 +6,6 @@ the model, one of each kind at a time and one step between two steps of the batc
 """
 
 import contextlib
-import functools
 import logging
 import threading
 import time
@@ -254,9 +253,15 @@ class Scheduler:
         """Give the next choice of a request to the batch."""
         choice = request.rest.popleft()
         prompt, number = request.prompts[choice // request.n], choice % request.n
-        add = functools.partial(self._batch.add, number=number, logprobs=request.logprobs, started=request.joined)
         try:
-            add((request, choice), prompt, request.config)
+            self._batch.add(
+                (request, choice),
+                prompt,
+                request.config,
+                number=number,
+                logprobs=request.logprobs,
+                started=request.joined,
+            )
         except Exception as error:
             self._end(request, error)
         else:
