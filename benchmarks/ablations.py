@@ -35,7 +35,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "AdamW 3e-3": {"training.optimizer": "adamw"},
     "AdamW 1e-3": {"training.optimizer": "adamw", "training.learning_rate": 1e-3},
     "weight decay 0.1": {"training.weight_decay": 0.1},
-    "weight decay 0.8": {"training.weight_decay": 0.8},
+    "weight decay 0.4": {"training.weight_decay": 0.4},
     "weight decay 1.6": {"training.weight_decay": 1.6},
     "dropout 0": {"model.dropout": 0.0},
     "dropout 0.2": {"model.dropout": 0.2},

@@ -89,6 +89,9 @@ def train(
             )
         if resume_only and not state.step:
             raise unknown
+        if not state.step and ranks.first and (stopped := sorted({saved.parent for saved in work.glob("*/state-*")})):
+            names = ", ".join(str(other) for other in stopped)
+            log.info("starting anew: the settings, data, source or versions of %s are others", names)
         resume_key = key if settings.resume == "auto" else None
         with start_run("train", resume_key=resume_key) if track and ranks.first else Tracker() as tracker:
             tracker.log_params(config.model_dump(include={"model", "training"}))

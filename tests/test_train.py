@@ -170,13 +170,17 @@ def test_a_damaged_newest_state_gives_the_same_bytes(runner: Runner, caplog: pyt
     assert runner.outs == expected
 
 
-def test_changed_settings_never_take_up_an_old_state(runner: Runner) -> None:
+def test_changed_settings_never_take_up_an_old_state(runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     runner(configure(seed=2))
     expected = runner.outs
     runner.clear()
     with pytest.raises(StoppedError):
         runner(configure(seed=1), at=4, call=send(signal.SIGTERM))
+    assert "starting anew" not in caplog.text
+    (stopped,) = (runner.folder / "work").glob("*/state-000000004")
     runner(configure(seed=2))
+    assert f"starting anew: the settings, data, source or versions of {stopped.parent} are others" in caplog.text
     assert runner.outs == expected
     assert runner.states() == ["state-000000002", "state-000000004"]  # they wait for the settings to come back
 
