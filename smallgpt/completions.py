@@ -64,10 +64,11 @@ def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a request. Raises RequestError, for NaN and repeated keys too."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            twice = next(key for key in values if [name for name, _ in pairs].count(key) > 1)
-            raise ValueError(f"the key {twice} stands twice")
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"the key {key} stands twice")
+            values[key] = value
         return values
 
     def refuse(name: str) -> None:

@@ -342,6 +342,12 @@ def test_health_metrics_and_description(server: Served) -> None:
         (b'{"temperature": -Infinity}', "-Infinity is no JSON", None),
         (b'{"temperature": 1e999}', "temperature is inf", "temperature"),
         (b'{"n": 1, "n": 2}', "the key n stands twice", None),
+        pytest.param(
+            b"{" + b"".join(b'"k%d": 1, ' % i for i in range(75_000)) + b'"k74999": 2}',  # a MB of keys holds nobody up
+            "the key k74999 stands twice",
+            None,
+            id="many keys",
+        ),
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", "no valid JSON", None),
         (b'{"seed": ' + b"9" * 4000 + b"}", "seed is 999", "seed"),
         (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply", None),
