@@ -19,7 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from smallgpt import __version__, cli
@@ -40,7 +40,7 @@ from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.scheduler import Request, Scheduler
 from smallgpt.tokenizer import CONTROL_PIECES
-from smallgpt.web import Events, EventStream, HostCheck, chunks, error_response, json_response, read_body
+from smallgpt.web import Events, HostCheck, chunks, error_response, json_response, read_body
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ def build(model: OrtGPT, scheduler: Scheduler, limits: Limits, name: str) -> Sta
         )
         events.submit(scheduler, request)
         if completion.stream:
-            return EventStream(chunks(reply, events))
+            headers = {"cache-control": "no-store"}
+            return StreamingResponse(chunks(reply, events), media_type="text/event-stream", headers=headers)
         reply.begin()
         async for batch in events:
             reply.feed(batch)

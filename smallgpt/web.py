@@ -111,23 +111,6 @@ async def chunks(reply: Reply, events: Events) -> AsyncGenerator[bytes, None]:
     yield b"data: [DONE]\n\n"
 
 
-class EventStream:
-    """A response whose pieces are sent as they come."""
-
-    def __init__(self, pieces: AsyncGenerator[bytes, None]) -> None:
-        self.pieces = pieces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async with contextlib.aclosing(self.pieces) as pieces:
-            async for piece in pieces:
-                if piece:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
 async def read_body(http: HttpRequest, limit: int) -> bytes:
     """The body of a request. Raises RequestError: 413 when it is, or says it is, too large, 408 when it is late."""
     too_large = RequestError(f"the body is larger than {limit} bytes (--max-body-bytes)", status=413)
