@@ -127,7 +127,6 @@ def build(model: OrtGPT, scheduler: Scheduler, limits: Limits, name: str) -> Sta
         reply.begin()
         async for batch in events:
             reply.feed(batch)
-        events.check()
         return json_response(reply.whole())
 
     async def models(http: HttpRequest) -> Response:
@@ -146,7 +145,6 @@ def build(model: OrtGPT, scheduler: Scheduler, limits: Limits, name: str) -> Sta
             async with asyncio.timeout(PROBE_TIME):
                 async for _ in events:
                     pass
-            events.check()
         except (RequestError, TimeoutError) as error:
             return json_response({"status": str(error) or f"no token within {PROBE_TIME} s", **state}, 503)
         return json_response({"status": "ok", **state})

@@ -47,12 +47,14 @@ class HostCheck:
 
 
 class Events:
-    """The events of one request, as they come; when the client goes away the request is cancelled."""
+    """The events of one request, as they come; when the client goes away the request is cancelled.
+
+    Iterating over them ends with a RequestError when the request failed.
+    """
 
     def __init__(self, http: HttpRequest) -> None:
         self._receive, self._loop = http.receive, asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self._error: Exception | None = None
 
     def deliver(self, events: list[Event]) -> None:
         """Called in the scheduler's thread."""
@@ -79,31 +81,31 @@ class Events:
             while True:
                 events = await self._queue.get()
                 yield events
-                if events and isinstance(events[-1], End):
-                    self._error = events[-1].error
+                if isinstance(events[-1], End):
+                    _check(events[-1])
                     return
         finally:
             self._watch.cancel()
             self._cancel()
 
-    def check(self) -> None:
-        """Raise RequestError when the request failed."""
-        if isinstance(self._error, DrainingError):
-            raise RequestError(str(self._error), status=503, code="stopping")
-        if isinstance(self._error, ValueError):
-            raise RequestError(str(self._error))
-        if self._error is not None:
-            raise RequestError("the model failed; the server's log says more", status=500)
+
+def _check(end: End) -> None:
+    """Raise RequestError when the request failed."""
+    if isinstance(end.error, DrainingError):
+        raise RequestError(str(end.error), status=503, code="stopping")
+    if isinstance(end.error, ValueError):
+        raise RequestError(str(end.error))
+    if end.error is not None:
+        raise RequestError("the model failed; the server's log says more", status=500)
 
 
 async def chunks(reply: Reply, events: Events) -> AsyncGenerator[bytes, None]:
     """Server-sent events: the chunks of a response."""
     for chunk in reply.begin():
         yield _event({**reply.head, "choices": [chunk]})
-    async for batch in events:
-        yield b"".join(_event({**reply.head, "choices": [chunk]}) for chunk in reply.feed(batch))
     try:
-        events.check()
+        async for batch in events:
+            yield b"".join(_event({**reply.head, "choices": [chunk]}) for chunk in reply.feed(batch))
     except RequestError as error:
         yield _event(error.to_dict())
     if reply.completion.usage:
