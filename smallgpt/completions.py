@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smallgpt.openapi import FIELDS, MAX_LOGPROBS, OWN
+from smallgpt.openapi import FIELDS, MAX_LOGPROBS
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.scheduler import Event, Logprob, Part, Scores
@@ -112,7 +112,8 @@ def read_completion(values: dict[str, Any], model: OrtGPT, limits: Limits, name:
     options = values.get("stream_options", {})
     if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
         raise RequestError('stream_options must be an object such as {"include_usage": true}', param="stream_options")
-    settings = defaults.to_dict() | {key: value for key, value in values.items() if key not in OWN}
+    settings = defaults.to_dict()
+    settings |= {key: value for key, value in values.items() if key in settings}
     if values.get("seed", -1) == -1 and not isinstance(values.get("seed"), bool):
         settings["seed"] = secrets.randbelow(2**32)
     try:

@@ -9,7 +9,7 @@ MAX_LOGPROBS = 20
 _WHOLE, _NUMBER, _FLAG = {"type": "integer"}, {"type": "number"}, {"type": "boolean"}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _TEXTS = {"type": "array", "items": {"type": "string"}}
-# Every field of a request: its JSON schema. Those that are not in OWN are fields of GenerationConfig.
+# Every field of a request: its JSON schema. Those from `temperature` on are fields of GenerationConfig.
 FIELDS: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "description": "the name that /v1/models gives; may be left out"},
     "prompt": {
@@ -46,19 +46,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ignore_eos": _FLAG,
     "seed": {**_WHOLE, "minimum": -1, "description": "-1, as none at all, draws one, which the response names"},
 }
-OWN = {
-    "model",
-    "prompt",
-    "max_tokens",
-    "n",
-    "stream",
-    "stream_options",
-    "echo",
-    "logprobs",
-    "best_of",
-    "suffix",
-    "user",
-}
 
 
 def openapi(name: str) -> dict[str, Any]:
@@ -79,7 +66,6 @@ def openapi(name: str) -> dict[str, Any]:
             operation["responses"][code] = {"description": text}
         return {"post": operation}
 
-    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"smallgpt: {name}", "version": __version__},
@@ -89,7 +75,7 @@ def openapi(name: str) -> dict[str, Any]:
             "/health": route("Run a token"),
             "/metrics": route("Counts and durations for Prometheus"),
             "/tokenize": route("Text to token ids", {"content": {"type": "string"}, "prompt": {"type": "string"}}),
-            "/detokenize": route("Token ids to text", {"tokens": ids}),
+            "/detokenize": route("Token ids to text", {"tokens": _IDS}),
             "/tokenizer_info": route("The names of the control tokens"),
         },
     }
