@@ -133,11 +133,6 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def draining(self) -> bool:
-        """Whether new requests are refused."""
-        return self._draining
-
-    @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
         with self._condition:

@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Every 0.1 s: whether to leave."""
-        drained = self.scheduler.draining and self.scheduler.idle
+        drained = self.stopped_by > 0 and self.scheduler.idle
         return await super().on_tick(counter) or drained
 
 
