@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from smallgpt.beams import beam_search
-from smallgpt.generation import Batch, Finish, check_prompt, logprobs_of
+from smallgpt.generation import Batch, Finish, logprobs_of
 from smallgpt.metrics import Metrics
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
@@ -216,12 +216,6 @@ class Scheduler:
 
     def _join(self, request: Request) -> None:
         """Let the choices of a request wait for rows."""
-        try:
-            for prompt in request.prompts:
-                check_prompt(self.model, prompt)
-        except ValueError as error:
-            self._end(request, error)
-            return
         request.rest.extend(range(len(request.prompts) * request.n))
         request.open, request.joined = set(request.rest), time.perf_counter()
         if not request.open:
