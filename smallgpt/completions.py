@@ -17,7 +17,7 @@ from smallgpt.scheduler import Event, Logprob, Part, Scores
 from smallgpt.tokenizer import CONTROL_PIECES, Tokenizer
 
 MAX_BIASES = 1024
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "time": "length", "interrupted": None}
+FINISH = {"eos": "stop", "stop": "stop", "length": "length", "time": "length"}
 
 
 class RequestError(ValueError):
@@ -114,7 +114,7 @@ def read_completion(values: dict[str, Any], model: OrtGPT, limits: Limits, name:
         raise RequestError('stream_options must be an object such as {"include_usage": true}', param="stream_options")
     settings = defaults.to_dict()
     settings |= {key: value for key, value in values.items() if key in settings}
-    if values.get("seed", -1) == -1 and not isinstance(values.get("seed"), bool):
+    if values.get("seed", -1) == -1:
         settings["seed"] = secrets.randbelow(2**32)
     try:
         config = GenerationConfig.from_dict(settings | {"max_new_tokens": tokens, "num_return_sequences": 1})

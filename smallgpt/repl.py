@@ -57,7 +57,6 @@ class Session:
         """Read and answer lines until the end of the input, /exit, or Ctrl-C at the prompt."""
         with contextlib.suppress(ImportError):  # line editing, where the system has it
             import readline  # noqa: F401
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         self.say(f"{self.model.bundle.folder} | seed {self.config.seed} | /help lists the commands")
         while True:
             try:
