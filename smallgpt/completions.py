@@ -253,16 +253,14 @@ class Reply:
         """The chunks before the first event: the prompts, when they are echoed without log-probabilities."""
         if not self.completion.echo or self.scored:
             return []
-        prompts = enumerate(self.completion.prompts)
-        return [chunk for p, ids in prompts for chunk in self._echo(p, self.tokenizer.decode(ids), None)]
+        return [chunk for prompt in range(len(self.completion.prompts)) for chunk in self._echo(prompt, None)]
 
     def feed(self, events: Iterable[Event]) -> list[dict[str, Any]]:
         """The chunks of some events."""
         chunks = []
         for event in events:
             if isinstance(event, Scores):
-                ids = self.completion.prompts[event.prompt]
-                chunks += self._echo(event.prompt, self.tokenizer.decode(ids), event.logprobs)
+                chunks += self._echo(event.prompt, event.logprobs)
             elif isinstance(event, Part):
                 self.tokens += len(event.tokens)
                 logprobs = event.logprob and self._logprobs(event.choice, event.tokens, [event.logprob])
@@ -279,8 +277,9 @@ class Reply:
         prompt = sum(map(len, self.completion.prompts))
         return {"prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens}
 
-    def _echo(self, prompt: int, text: str, logprobs: list[Logprob] | None) -> list[dict[str, Any]]:
+    def _echo(self, prompt: int, logprobs: list[Logprob] | None) -> list[dict[str, Any]]:
         ids, n = self.completion.prompts[prompt], self.completion.n
+        text = self.tokenizer.decode(ids)
         found: list[Logprob | None] = [None, *(logprobs or [])]
         return [
             self._chunk(i, text, None if logprobs is None else self._logprobs(i, ids, found))
