@@ -116,8 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--jsonl", action="store_true", help="a line of JSON for each sequence")
     logprobs = _at_least(0)
     add("--logprobs", type=logprobs, metavar="N", help="with JSON: log-probabilities of the tokens and of the N best")
-    add("-q", "--quiet", action="store_true", help="no timings")
-    add("--no-perf", action="store_true", dest="quiet", help="the same")
+    add("-q", "--quiet", "--no-perf", action="store_true", help="no timings")
     add("-v", "--verbose", action="store_true", help="say what is loaded")
 
     add = parser.add_argument_group("machine").add_argument
