@@ -143,13 +143,7 @@ class OrtGPT:
         Raises ValueError when a sequence is full.
         """
         batch = len(tokens)
-        lengths = self.lengths[:batch]
-        if (lengths >= self.capacity).any():
-            raise ValueError(f"{self.capacity + 1} tokens do not fit into the context of {self.capacity}")
-        call = self._call(0, batch, 1, batch)
-        self._execute(call, tokens[:, None], lengths[:, None], lengths + 1)
-        lengths += 1
-        return call.logits
+        return self._run(0, tokens[:, None], self.lengths[:batch] + 1, np.arange(batch))
 
     def logits(self, ids: Sequence[int] | np.ndarray, cuts: Sequence[int] = ()) -> np.ndarray:
         """Logits after every token of one sequence, (T,) -> (T, V); `cuts` are positions where it is cut in pieces.
@@ -183,9 +177,17 @@ class OrtGPT:
         if lengths.max() > self.capacity or tokens > self.capacity:
             raise ValueError(f"{max(lengths.max(), tokens)} tokens do not fit into the context of {self.capacity}")
         call = self._call(first, batch, tokens, len(wanted))
-        call.arrays["logit_index"][:] = wanted
-        rows = self.lengths[first : first + batch]
-        self._execute(call, ids, rows[:, None] + np.arange(tokens), lengths)
+        arrays, rows = call.arrays, self.lengths[first : first + batch]
+        arrays["input_ids"][:] = ids
+        arrays["seqlens_k"][:] = lengths - 1
+        # A batch's prefill must name its padded length; with a past it is the longest sequence.
+        arrays["total_sequence_length"][...] = max(lengths.max(), tokens)
+        arrays["logit_index"][:] = wanted
+        if "position_ids" in arrays:
+            arrays["position_ids"][:] = rows[:, None] + np.arange(tokens)
+        for value, array in call.uploads:
+            value.update_inplace(array)
+        self.session.run_with_iobinding(call.binding)
         rows[:] = lengths
         return call.logits
 
@@ -199,18 +201,6 @@ class OrtGPT:
                 del self._calls[next(iter(self._calls))]
         return call
 
-    def _execute(self, call: _Call, ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> None:
-        arrays = call.arrays
-        arrays["input_ids"][:] = ids
-        arrays["seqlens_k"][:] = lengths - 1
-        # A batch's prefill must name its padded length; with a past it is the longest sequence.
-        arrays["total_sequence_length"][...] = max(lengths.max(), ids.shape[1])
-        if "position_ids" in arrays:
-            arrays["position_ids"][:] = positions
-        for value, array in call.uploads:
-            value.update_inplace(array)
-        self.session.run_with_iobinding(call.binding)
-
     def _bind(self, first: int, batch: int, tokens: int, wanted: int) -> _Call:
         binding = self.session.io_binding()
         arrays: dict[str, np.ndarray] = {
@@ -218,7 +208,7 @@ class OrtGPT:
             "position_ids": np.zeros((batch, tokens), np.int64),
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
-            "logit_index": np.arange(wanted, dtype=np.int64),
+            "logit_index": np.zeros(wanted, np.int64),
         }
         arrays = {name: array for name, array in arrays.items() if name in self.bundle.config.inputs}
         uploads: list[tuple[Any, np.ndarray]] = []
