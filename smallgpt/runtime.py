@@ -213,10 +213,11 @@ class OrtGPT:
         arrays = {name: array for name, array in arrays.items() if name in self.bundle.config.inputs}
         uploads: list[tuple[Any, np.ndarray]] = []
         for name, array in arrays.items():
-            # GroupQueryAttention reads total_sequence_length on the host.
-            on_host = self.device == "cpu" or name == "total_sequence_length"
-            value = _share(array) if on_host else self._upload(array)
-            uploads += [] if on_host else [(value, array)]
+            if self.device == "cpu" or name == "total_sequence_length":  # GroupQueryAttention reads it on the host
+                value = _share(array)
+            else:
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", self.device_number)
+                uploads.append((value, array))
             binding.bind_ortvalue_input(name, value)
         # A view of the rows: past and present share the memory from the first of them on.
         dtype = np.dtype(self.bundle.config.dtype)
@@ -230,9 +231,6 @@ class OrtGPT:
         logits = np.zeros((wanted, self.vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", _share(logits))
         return _Call(arrays, uploads, logits, binding)
-
-    def _upload(self, array: np.ndarray) -> Any:
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", self.device_number)
 
 
 def _share(array: np.ndarray) -> Any:
