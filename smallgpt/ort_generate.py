@@ -113,7 +113,7 @@ class Prompt:
 class Result:
     """What became of one sequence."""
 
-    prompt: int
+    prompt: Prompt
     index: int
     text: str = ""
     finish: Finish = "interrupted"
@@ -128,16 +128,15 @@ class Work:
     def __init__(self, model: OrtGPT, config: GenerationConfig, prompts: Sequence[Prompt]) -> None:
         self.model, self.config, self.prompts = model, config, prompts
         count = config.num_return_sequences
-        self.results = [Result(p, i) for p in range(len(prompts)) for i in range(count)]
+        self.results = [Result(prompt, i) for prompt in prompts for i in range(count)]
         self.total = len(self.results)
-        self.tokens = self.prompt_tokens = 0
+        self.tokens, self.prompt_tokens = 0, sum(len(prompt.ids) for prompt in prompts)
         self.first = self.seconds = 0.0
         self.speculation = ""
 
     def run(self, options: argparse.Namespace, write: Any = None) -> int:
         """Decode everything; 130 after Ctrl-C, with what there is until then."""
         begun = time.perf_counter()
-        self.prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
         try:
             if self.config.num_beams > 1:
                 self._beams(begun, write)
@@ -173,7 +172,7 @@ class Work:
                 write(piece.text)
 
         for key, result in enumerate(self.results):
-            batch.add(key, self.prompts[result.prompt].ids, self.config, number=result.index, logprobs=options.logprobs)
+            batch.add(key, result.prompt.ids, self.config, number=result.index, logprobs=options.logprobs)
         with cli.interrupts() as pressed:
             while batch.busy and not pressed:
                 for piece in batch.step():
@@ -256,14 +255,13 @@ def _ids(model: OrtGPT, text: str, config: GenerationConfig, options: argparse.N
 
 def _render(work: Work, options: argparse.Namespace, load: float) -> str:
     """The results as text, as lines of JSON or as one JSON object."""
-    prompts = work.prompts
     if not (options.json or options.jsonl):
-        texts = [(prompts[r.prompt].text if options.echo else "") + r.text for r in work.results]
+        texts = [(r.prompt.text if options.echo else "") + r.text for r in work.results]
         return texts[0] if len(texts) == 1 else "\n---\n".join(texts) + "\n"
     rows = []
     for result in work.results:
         row: dict[str, Any] = {
-            "prompt": prompts[result.prompt].text,
+            "prompt": result.prompt.text,
             "index": result.index,
             "text": result.text,
             "token_ids": result.ids,
