@@ -187,21 +187,20 @@ class Work:
             self.speculation = f" | {guesses.proposed} tokens guessed{share}"
 
     def _beams(self, begun: float, write: Any) -> None:
-        count, results = self.config.num_return_sequences, self.results
         self.results = []
-        for p, prompt in enumerate(self.prompts):
-            mine = results[p * count : (p + 1) * count]
-            self.results += mine[:1]  # the others exist from the end on
+        for prompt in self.prompts:
+            result = Result(prompt, 0)  # what all beams agree on so far; the others exist from the end on
+            self.results.append(result)
             for step in beam_search(self.model, prompt.ids, self.config):
                 self.first = self.first or time.perf_counter() - begun
-                mine[0].text += step.text
+                result.text += step.text
                 if write:
                     write(step.text)
-            for result, found in zip(mine, step.done, strict=False):
-                result.text, result.ids, result.finish = found.text, list(found.ids), found.finish
-                result.score = found.score
-                self.tokens += len(found.ids)
-            self.results += mine[1 : len(step.done)]
+            self.results[-1:] = [
+                Result(prompt, i, found.text, found.finish, ids=list(found.ids), score=found.score)
+                for i, found in enumerate(step.done)
+            ]
+            self.tokens += sum(len(found.ids) for found in step.done)
 
     def report(self, load: float) -> str:
         """The figures of the call in one line."""
