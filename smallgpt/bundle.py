@@ -86,6 +86,8 @@ def load_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
     if type(contract) is not int or contract != CONTRACT:
         raise MismatchError(f"{folder / CONFIG}: contract is {contract!r}, not {CONTRACT}; export the bundle again")
     hashes = values.pop("files", {})
+    if not isinstance(hashes, dict):
+        raise MismatchError(f"{folder / CONFIG} is damaged: files is no object of hashes; export the bundle again")
     try:
         bundle = Bundle(folder, BundleConfig(**values))
     except TypeError as error:

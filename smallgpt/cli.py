@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -61,6 +62,9 @@ def interrupts() -> Iterator[list[int]]:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and leave with its exit code; expected errors become one line on stderr."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started this, as with `<&-` in a shell
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         code = main() or 0

@@ -8,7 +8,8 @@ MAX_LOGPROBS = 20
 
 _WHOLE, _NUMBER, _FLAG = {"type": "integer"}, {"type": "number"}, {"type": "boolean"}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_TEXTS = {"type": "array", "items": {"type": "string"}}
+_TEXT = {"type": "string"}
+_TEXTS = {"type": "array", "items": _TEXT}
 # Every field of a request: its JSON schema. Those from `temperature` on are fields of GenerationConfig.
 FIELDS: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "description": "the name that /v1/models gives; may be left out"},
@@ -74,7 +75,7 @@ def openapi(name: str) -> dict[str, Any]:
             "/v1/models": route("The model that is served"),
             "/health": route("Run a token"),
             "/metrics": route("Counts and durations for Prometheus"),
-            "/tokenize": route("Text to token ids", {"content": {"type": "string"}, "prompt": {"type": "string"}}),
+            "/tokenize": route("Text to token ids", {"content": _TEXT, "prompt": _TEXT, "add_special_tokens": _FLAG}),
             "/detokenize": route("Token ids to text", {"tokens": _IDS}),
             "/tokenizer_info": route("The names of the control tokens"),
         },

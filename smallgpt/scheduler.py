@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -302,9 +302,12 @@ class Scheduler:
 
     def _search(self, request: Request) -> Iterator[list[Event]]:
         """Beam search for one prompt after the other; what all beams share is the beginning of every choice."""
+        begun = time.perf_counter()
         for p, prompt in enumerate(request.prompts):
-            sent = 0
-            for step in beam_search(self._forks["beams"], prompt, request.config):
+            sent, config = 0, request.config
+            if config.max_time:  # of all prompts together
+                config = replace(config, max_time=max(1e-9, config.max_time - (time.perf_counter() - begun)))
+            for step in beam_search(self._forks["beams"], prompt, config):
                 choices = range(p * request.n, (p + 1) * request.n)
                 self._count(request, sum(len(found.ids) for found in step.done))
                 if not step.done:

@@ -82,7 +82,11 @@ def test_other_contracts_are_refused(folder: Path, contract: object) -> None:
 
 
 def test_damaged_settings_are_refused(folder: Path) -> None:
-    edit(folder, extra=1)
+    for hashes in (None, ["model.onnx"]):
+        edit(folder, files=hashes)
+        with pytest.raises(MismatchError, match="files is no object of hashes"):
+            load_bundle(folder)
+    edit(folder, files={}, extra=1)
     with pytest.raises(MismatchError, match="unexpected keyword argument 'extra'"):
         load_bundle(folder)
     write_json(folder / "config.json", {"contract": 1, "variant": "fp32"})

@@ -86,6 +86,13 @@ def test_closed_pipe_is_quiet(body: str, code: int, stderr: str) -> None:
     assert process.returncode == code  # 141 is what a shell shows for SIGPIPE
 
 
+def test_closed_streams_are_empty() -> None:
+    body = "print(sys.stdin.read(), 'text', sys.stdout.isatty()); raise ValueError('a wrong value')"
+    command = ["sh", "-c", 'exec "$0" "$@" <&- >&-', sys.executable, "-c", f"{HEADER}    {body}\nrun(main)\n"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: a wrong value\n")
+
+
 def test_control_c_waits_for_the_end_of_a_step() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:

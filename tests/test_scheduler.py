@@ -112,6 +112,13 @@ def test_beams_of_several_prompts(scheduler: Scheduler, model: OrtGPT) -> None:
             assert [text(events, 2 * p + j) for j in range(2)] == [found.text for found in last.done]
 
 
+def test_beams_of_several_prompts_share_one_time(scheduler: Scheduler) -> None:
+    config = GenerationConfig(num_beams=2, max_new_tokens=1000, ignore_eos=True, early_stopping="never", max_time=0.05)
+    parts = [part for part in Asked(scheduler, [[3]] * 4, config).all() if isinstance(part, Part) and part.finish]
+    assert [part.finish for part in parts] == ["time"] * 4
+    assert [len(part.tokens) for part in parts[1:]] == [1, 1, 1]  # the first one took it all
+
+
 def test_a_long_search_and_a_long_sample_hold_nobody_up(scheduler: Scheduler) -> None:
     beams = GenerationConfig(num_beams=2, max_new_tokens=2000, ignore_eos=True)
     long = [Asked(scheduler, [[3]], beams, live=True), Asked(scheduler, [[3]], ENDLESS, live=True)]
