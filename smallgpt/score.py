@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,18 +108,9 @@ def _empty(tokens: int) -> Scores:
 
 
 def _equal_length_groups(spans: list[tuple[int, int, int]], batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
-    group: list[tuple[int, int, int]] = []
-    for span in spans:
-        same = group and (span[2] - span[0], span[1] - span[0]) == (
-            group[0][2] - group[0][0],
-            group[0][1] - group[0][0],
-        )
-        if group and (not same or len(group) == batch_size):
-            yield group
-            group = []
-        group.append(span)
-    if group:
-        yield group
+    for _, same in groupby(spans, key=lambda span: (span[2] - span[0], span[1] - span[0])):
+        group = list(same)
+        yield from (group[i : i + batch_size] for i in range(0, len(group), batch_size))
 
 
 def count_words(text: str) -> int:
