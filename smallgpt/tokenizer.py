@@ -62,29 +62,23 @@ class Tokenizer:
         The newline is a piece of its own, so a line's ids do not depend on its neighbours; U+2581, which
         SentencePiece would read as a space, is cut out and spelled in bytes.
         """
-        # One flat list of parts for SentencePiece's own threads; `joins` says what stands before each part.
-        parts: list[str] = []
-        joins: list[list[int]] = []
-        lengths: list[int] = []
+        marks = {"\n": [self._newline], SPACE: self._space_ids}
+        split: list[list[str]] = []  # of each text the marks and the parts between them
         for text in texts:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ValueError(f"the text holds a lone surrogate, which is no UTF-8: {error}") from None
-            pieces = re.split(f"([\n{SPACE}])", text)
-            parts += pieces[::2]
-            joins += [[]] + [[self._newline] if mark == "\n" else self._space_ids for mark in pieces[1::2]]
-            lengths.append(len(pieces[::2]))
-        encoded: list[list[int]] = self._processor.encode(parts, out_type=int)
+            split.append(re.split(f"([\n{SPACE}])", text))
+        # One flat list, for SentencePiece's own threads.
+        parts = [piece for pieces in split for piece in pieces if piece not in marks]
+        encoded = iter(self._processor.encode(parts, out_type=int))
         ids: list[list[int]] = []
-        position = 0
-        for length in lengths:
+        for pieces in split:
             document: list[int] = []
-            for part in range(position, position + length):
-                document += joins[part]
-                document += encoded[part]
+            for piece in pieces:
+                document += marks[piece] if piece in marks else next(encoded)
             ids.append(document)
-            position += length
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
