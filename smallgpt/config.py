@@ -213,14 +213,11 @@ class _Loader(yaml.SafeLoader):
             if name in seen:
                 raise ValueError(f"{line}: the key {name} stands there twice; remove one of them")
             seen.add(name)
-            if isinstance(value, yaml.ScalarNode) and value.style is None and re.fullmatch(r"[-+]?0\d+", value.value):
-                raise ValueError(f"{line}: {name} is {value.value}, which reads as octal; drop the leading 0")
-            if (
-                isinstance(value, yaml.ScalarNode)
-                and value.style is None
-                and re.fullmatch(r"[-+]?\d+(:\d+)+", value.value)
-            ):
-                raise ValueError(f"{line}: {name} is {value.value}, which reads as a number of base 60; quote it")
+            if isinstance(value, yaml.ScalarNode) and value.style is None:
+                if re.fullmatch(r"[-+]?0\d+", value.value):
+                    raise ValueError(f"{line}: {name} is {value.value}, which reads as octal; drop the leading 0")
+                if re.fullmatch(r"[-+]?\d+(:\d+)+", value.value):
+                    raise ValueError(f"{line}: {name} is {value.value}, which reads as a number of base 60; quote it")
         return super().construct_mapping(node, deep)
 
 
@@ -261,7 +258,7 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
 
 
 def _explain(fault: Any) -> str:
-    location = tuple(part for part in fault["loc"] if part not in ("function-before[_number(), float]",))
+    location = fault["loc"]
     key = ".".join(str(part) for part in location[:2])
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         close = difflib.get_close_matches(str(location[-1]), _known_keys(location), n=1)
