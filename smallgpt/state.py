@@ -112,7 +112,7 @@ def load_state(folder: Path, state: TrainState) -> None:
 
         state.model.load_state_dict(part("model"))
         state.ema, state.best = part("ema"), part("best")
-        load_optimizer_tensors(state.optimizers, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        load_optimizer_tensors(state.optimizers, tensors)
         state.scaler.load_state_dict(values["scaler"])
         state.step, state.best_loss, state.best_step = values["step"], values["best_loss"], values["best_step"]
         state.train_rows, state.valid_rows = values["train_rows"], values["valid_rows"]
