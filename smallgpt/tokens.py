@@ -105,11 +105,6 @@ def tokenize(
     return trained, headers
 
 
-def windows_per_epoch(tokens: int, seq_len: int) -> int:
-    """How many windows of `seq_len` one epoch holds, whatever its offset is."""
-    return (tokens - seq_len) // seq_len
-
-
 @functools.lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, windows: int, seq_len: int) -> tuple[int, np.ndarray]:
     rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch]))
@@ -123,7 +118,7 @@ def batch(ids: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: in
     and an epoch always has the same number of windows, so the step alone determines the epoch. Resuming needs no
     state. Raises ValueError when the stream is shorter than two windows.
     """
-    windows = windows_per_epoch(len(ids), seq_len)
+    windows = (len(ids) - seq_len) // seq_len  # of an epoch, whatever its offset is
     if windows < 1:
         raise ValueError(
             f"the train split has {len(ids)} tokens; sequences of {seq_len} need at least {2 * seq_len}: "

@@ -24,7 +24,7 @@ from smallgpt.machine import describe_machine
 from smallgpt.model import SmallGPT
 from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state
 from smallgpt.tokenizer import Tokenizer
-from smallgpt.tokens import TokenFile, batch, tokenize, windows_per_epoch
+from smallgpt.tokens import TokenFile, batch, tokenize
 from smallgpt.tracking import MODEL_TAG, Tracker, start_run
 
 log = logging.getLogger(__name__)
@@ -155,8 +155,8 @@ def check_tokens(data: dict[str, TokenFile], tokenizer: Tokenizer, config: Confi
                 f"the {split} tokens go up to id {int(file.ids.max())}; model.vocab_size is {config.model.vocab_size}"
             )
     seq_len = config.training.seq_len or config.model.max_seq_len
-    if windows_per_epoch(len(data["train"].ids), seq_len) < 1:
-        batch(data["train"].ids, seed=0, step=0, batch_size=1, seq_len=seq_len)  # raises with the remedy
+    # Raises with the remedy where the split is too short.
+    batch(data["train"].ids, seed=config.training.seed, step=0, batch_size=1, seq_len=seq_len)
 
 
 def finish(
