@@ -118,15 +118,12 @@ def exclusive(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(folder / "lock", timeout=0).acquire()
     except Timeout:
         raise ValueError(f"another process is training with these settings (it holds {folder / 'lock'})") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def pick_device(name: str) -> torch.device:
