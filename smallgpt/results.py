@@ -82,7 +82,7 @@ def add(project: Path, config_file: str, out: Path) -> Path:
     machine = project / ".smallgpt/train/runs" / f"{digest[:16]}.json"
     facts = json.loads(machine.read_text(encoding="utf-8")) if machine.is_file() else {}
     row: dict[str, Any] = {
-        "dataset": prepared["source"] if "/" not in prepared["source"] else Path(prepared["source"]).name,
+        "dataset": prepared["source"],
         "split": split,
         "split_sha256": prepared[split]["sha256"],
         "config": config_file,

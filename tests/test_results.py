@@ -19,7 +19,7 @@ def project(tmp_path: Path) -> Path:
     model = load_config(tmp_path / "params.yaml").model.model_dump()
     figures = {"bits_per_byte": 2.25, "sliding_bits_per_byte": 2.125, "perplexity": 31.5, "context": 8, "stride": 4}
     files = {
-        "reports/prepare.json": {"source": "data/my.txt", "valid": {"sha256": "cd"}},
+        "reports/prepare.json": {"source": "my.txt", "valid": {"sha256": "cd"}},
         "reports/train/summary.json": {"parameters": 12_345, "seed": 7, "steps": 9, "tokens_seen": 900, "epochs": 1.5},
         "reports/evaluate/perplexity.json": {"valid": figures},
         "models/gpt/config.json": {"model": model, "last_step": 9},
