@@ -22,7 +22,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 MAX_STORY_BYTES = 614  # the longest story that the rules allow; tests/test_stories.py derives the bound
@@ -297,35 +297,6 @@ def _tell(
             if target:
                 known[target] = "".join(said[start:])
     return nats
-
-
-def entropy() -> float:
-    """The entropy of one story in nats, computed from the grammar, exact up to rounding.
-
-    By the chain rule it is the sum of the expected -ln P of every choice. Later choices depend on earlier ones only
-    through the names that stand in the name of a rule, so the recursion runs over what is still to be told and the
-    values of those names.
-    """
-    rules = _grammar()
-    every_step = [step for rule in rules.values() for steps in rule.alternatives for step in steps]
-    deciding = {name for step in every_step if step.kind == "pick" for name in re.findall(r"\{(\w+)\}", step.words)}
-
-    @cache
-    def ahead(steps: tuple[_Step, ...], known: frozenset[tuple[str, str]]) -> float:
-        if not steps:
-            return 0.0
-        kind, words, name = steps[0]
-        if kind == "settle":
-            return ahead(steps[1:], frozenset({**dict(known), name: words}.items()))
-        alternatives, bounds = rules[words.format_map(dict(known))]
-        total = 0.0
-        for chosen, (low, high) in zip(alternatives, pairwise((0, *bounds)), strict=True):
-            choices = tuple(step for step in chosen if step.kind == "pick" or step.name in deciding)
-            probability = (high - low) / bounds[-1]
-            total += probability * (ahead(choices + steps[1:], known) - math.log(probability))
-        return total
-
-    return ahead((_Step("pick", "story"),), frozenset())
 
 
 @cache

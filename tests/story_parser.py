@@ -70,6 +70,33 @@ def story_derivations(text: str) -> list[Fraction]:
     raise ValueError(f"not a story at character {at + articles}: expected {shown}, found {plain[at : at + 20]!r}")
 
 
+def entropy() -> float:
+    """The entropy of one story in nats, exact up to rounding.
+
+    By the chain rule it is the sum of the expected -ln P of every choice. Later choices depend on earlier ones only
+    through the names that stand in the name of a rule, so the recursion runs over what is still to be told and the
+    values of those names.
+    """
+    rules = read_rules()
+    every_piece = [piece for alternatives in rules.values() for _, pieces in alternatives for piece in pieces]
+    deciding = {name for piece in every_piece if piece[0] == "<" for name in re.findall(r"\{(\w+)\}", piece)}
+
+    @cache
+    def ahead(pieces: tuple[str, ...], known: frozenset[tuple[str, str]]) -> float:
+        if not pieces:
+            return 0.0
+        name, _, words = pieces[0][1:-1].rpartition("=")
+        if pieces[0][0] == "[":
+            return ahead(pieces[1:], frozenset({**dict(known), name: words}.items()) if name in deciding else known)
+        total = 0.0
+        for probability, alternative in rules[words.format_map(dict(known))]:
+            choices = (piece for piece in alternative if piece[0] in "<[")
+            total += float(probability) * (ahead((*choices, *pieces[1:]), known) - math.log(probability))
+        return total
+
+    return ahead(("<story>",), frozenset())
+
+
 def common_length(left: str, right: str) -> int:
     """Number of characters that two texts share at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -10,9 +10,9 @@ from functools import cache
 
 import pytest
 import sentencepiece
-from story_parser import read_rules, story_derivations, story_nats
+from story_parser import entropy, read_rules, story_derivations, story_nats
 
-from smallgpt.stories import MAX_STORY_BYTES, Story, entropy, generate_stories
+from smallgpt.stories import MAX_STORY_BYTES, Story, generate_stories
 
 
 @pytest.fixture(scope="module")
