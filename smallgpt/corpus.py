@@ -92,9 +92,10 @@ def prepare(config: PrepareConfig, *, out: Path, report: Path) -> dict[str, Any]
     return result
 
 
-def split_names(folder: Path) -> list[str]:
-    """The splits that stand in a prepared folder, in the order train, valid, test."""
-    return [split for split in SPLITS if any((folder / f"{split}.{kind}").is_file() for kind in ("jsonl", "txt"))]
+def read_splits(folder: Path) -> dict[str, list[str]]:
+    """The documents of train, valid and, where the corpus has one, test, each as `read_documents` gives them."""
+    splits = [split for split in SPLITS if split != "test" or any(folder.glob("test.*"))]
+    return {split: read_documents(folder, split) for split in splits}
 
 
 def read_documents(folder: Path, split: str) -> list[str]:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from smallgpt.checkpoint import save_checkpoint
 from smallgpt.cli import DeviceError, MismatchError, processors, run
 from smallgpt.config import Config, load_config, parse_config
-from smallgpt.corpus import prepare, read_documents, split_names
+from smallgpt.corpus import prepare, read_splits
 from smallgpt.distributed import Ranks, join_ranks
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
 from smallgpt.loop import loop, set_up_process
@@ -223,9 +223,8 @@ class GPTTrainer:
             try:
                 if ranks.first:
                     prepare(config.prepare, out=prepared, report=place / "reports" / "prepare.json")
-                    documents = {split: read_documents(prepared, split) for split in split_names(prepared)}
                     size, how = config.model.vocab_size, config.tokenizer
-                    tokenize(documents, vocab_size=size, options=how, tokenizer=tokenizer, tokens=tokens)
+                    tokenize(read_splits(prepared), vocab_size=size, options=how, tokenizer=tokenizer, tokens=tokens)
                 ranks.wait()
                 train(
                     config,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from smallgpt.cli import run
 from smallgpt.config import load_config
-from smallgpt.corpus import read_documents, split_names
+from smallgpt.corpus import read_splits
 from smallgpt.files import write_json
 from smallgpt.tokens import tokenize
 from smallgpt.tracking import start_run
@@ -20,7 +20,7 @@ def main(
     config = load_config(params)
     with start_run("tokenize") as tracker:
         trained, headers = tokenize(
-            {split: read_documents(Path(prepared), split) for split in split_names(Path(prepared))},
+            read_splits(Path(prepared)),
             vocab_size=config.model.vocab_size,
             options=config.tokenizer,
             tokenizer=Path(tokenizer),

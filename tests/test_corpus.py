@@ -20,7 +20,7 @@ import pytest
 
 from smallgpt import corpus
 from smallgpt.config import PrepareConfig
-from smallgpt.corpus import overlap, prepare, read_documents, split_names
+from smallgpt.corpus import overlap, prepare, read_documents, read_splits
 from smallgpt.download import download
 from smallgpt.stories import generate_stories
 from stages.prepare import main as run_stage
@@ -48,7 +48,7 @@ def test_one_text_is_cut_by_characters(tmp_path: Path) -> None:
     text = "".join(random.Random(1).choices("ab \né中", k=1003))
     (tmp_path / "my.txt").write_bytes(text.encode())
     report = run_prepare(tmp_path, tmp_path / "my.txt", valid_fraction=0.1, test_fraction=0.0)
-    assert split_names(tmp_path / "prepared") == ["train", "valid"]
+    assert list(read_splits(tmp_path / "prepared")) == ["train", "valid"]
     # the convention: train = text[:int(0.9 * n)]
     assert (tmp_path / "prepared" / "train.txt").read_bytes() == text[:902].encode()
     assert (tmp_path / "prepared" / "valid.txt").read_bytes() == text[902:].encode()
@@ -58,6 +58,8 @@ def test_one_text_is_cut_by_characters(tmp_path: Path) -> None:
     assert (report["source"], report["layout"]) == ("my.txt", "txt")
     with pytest.raises(FileNotFoundError, match=r"prepared has no test\.jsonl or test\.txt; run the stage prepare"):
         read_documents(tmp_path / "prepared", "test")
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no train\.jsonl or train\.txt; run the stage prepare"):
+        read_splits(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("length", [1000, 1_115_394, 999])
@@ -125,7 +127,7 @@ def test_given_splits_are_honoured(tmp_path: Path, train: str, valid: str, test:
     for split, name in names.items():
         (folder / name).write_text(f"\n the {split} text\n")
     report = run_prepare(tmp_path, folder)
-    assert split_names(tmp_path / "prepared") == list(names)
+    assert list(read_splits(tmp_path / "prepared")) == list(names)
     for split in names:
         assert (tmp_path / "prepared" / f"{split}.txt").read_text() == f"\n the {split} text\n"
         assert report[split]["documents"] == 1
