@@ -183,7 +183,7 @@ def our_step(job: Job) -> Callable[[], float]:
     data, loss_function = random_tokens(job), compiled(state.model, config)
 
     def step() -> None:
-        train_step(config, state, data, loss_function, job.size[0])
+        train_step(config, state, data, loss_function)
         state.step += 1
 
     return timed(step, job.device)

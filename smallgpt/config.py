@@ -182,6 +182,11 @@ class Config(Section):
     generation: Annotated[GenerationConfig, BeforeValidator(_generation)] = GenerationConfig()
     export: ExportConfig = ExportConfig()
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens in one training sequence."""
+        return self.training.seq_len or self.model.max_seq_len
+
     @model_validator(mode="after")
     def _across_sections(self) -> "Config":
         multiple = 8 if self.model.architecture == "gpt2" else 16

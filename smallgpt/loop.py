@@ -47,8 +47,7 @@ def loop(
     """Run the steps that are left; only the first of several processes validates and writes. Raises as `train`."""
     settings = config.training
     loss_function = compiled(state.model, config)
-    seq_len = settings.seq_len or config.model.max_seq_len
-    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * seq_len
+    tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.seq_len
     quiet = None if ranks.first else True  # None: quiet unless stderr is a terminal
     bar = tqdm(total=settings.max_steps, initial=state.step, unit="step", desc="train", disable=quiet, mininterval=0.5)
     with stop_signals() as received, bar:
@@ -56,7 +55,7 @@ def loop(
             validate(config, state, data["valid"], tracker)
         speed = Speed(folder / "speed.csv" if ranks.first else None, tokens_per_step, state.step)
         while state.step < settings.max_steps:
-            loss, norm, rate = train_step(config, state, data["train"], loss_function, seq_len, ranks)
+            loss, norm, rate = train_step(config, state, data["train"], loss_function, ranks)
             state.step += 1
             step, last = state.step, state.step == settings.max_steps
             if step % settings.log_interval == 0 or last:
@@ -86,7 +85,6 @@ def train_step(
     state: TrainState,
     data: TokenFile,
     loss_function: Callable[[Tensor, Tensor], Tensor],
-    seq_len: int,
     ranks: Ranks = ALONE,
 ) -> tuple[float, float, float]:
     """One update; returns the loss in nats per token, the gradient norm before clipping and the learning rate.
@@ -100,7 +98,7 @@ def train_step(
     rows = settings.batch_size // ranks.size
     for micro in range(micro_steps):
         index = (state.step * micro_steps + micro) * ranks.size + ranks.rank
-        x, y = batch(data.ids, seed=settings.seed, step=index, batch_size=rows, seq_len=seq_len)
+        x, y = batch(data.ids, seed=settings.seed, step=index, batch_size=rows, seq_len=config.seq_len)
         # Dropout's masks depend on (seed, micro-step, rank) alone, so a resumed run draws the same ones. Hashed into
         # 32 bits: PyTorch's CPU generator reads no more of a seed.
         torch.manual_seed(int(np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]))
@@ -178,13 +176,12 @@ def validate(config: Config, state: TrainState, data: TokenFile, tracker: Tracke
     current = {name: value.clone() for name, value in state.model.state_dict().items()} if state.ema else None
     if current:
         state.model.load_state_dict(state.ema)
-    context = config.training.seq_len or config.model.max_seq_len
     precision = config.training.precision
     scores = score_stream(
         state.model,
         data.ids,
-        context=context,
-        stride=context,
+        context=config.seq_len,
+        stride=config.seq_len,
         batch_size=config.training.batch_size,
         autocast=None if precision == "fp32" else DTYPES[precision],
     )

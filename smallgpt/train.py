@@ -151,17 +151,15 @@ def check_tokens(data: dict[str, TokenFile], tokenizer: Tokenizer, config: Confi
             raise MismatchError(
                 f"the {split} tokens go up to id {int(file.ids.max())}; model.vocab_size is {config.model.vocab_size}"
             )
-    seq_len = config.training.seq_len or config.model.max_seq_len
     # Raises with the remedy where the split is too short.
-    batch(data["train"].ids, seed=config.training.seed, step=0, batch_size=1, seq_len=seq_len)
+    batch(data["train"].ids, seed=config.training.seed, step=0, batch_size=1, seq_len=config.seq_len)
 
 
 def finish(
     config: Config, state: TrainState, data: dict[str, TokenFile], tokenizer: Tokenizer, out: Path, reports: Path
 ) -> dict[str, Any]:
     """Write the model folder and the reports; nothing in them depends on the run, the time or the machine's speed."""
-    seq_len = config.training.seq_len or config.model.max_seq_len
-    per_step = config.training.batch_size * config.training.gradient_accumulation_steps * seq_len
+    per_step = config.training.batch_size * config.training.gradient_accumulation_steps * config.seq_len
     summary = {
         "parameters": state.model.num_parameters(),
         "seed": config.training.seed,

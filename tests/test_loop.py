@@ -129,7 +129,7 @@ def test_a_step_is_clipped_adamw(tmp_path: Path) -> None:
     assert expected_norm > 2 * 0.05  # else nothing is clipped
     state.model.zero_grad(set_to_none=True)
 
-    loss, norm, rate = train_step(config, state, streams()["train"], compiled(state.model, config), SEQ_LEN)
+    loss, norm, rate = train_step(config, state, streams()["train"], compiled(state.model, config))
     assert (loss, norm) == (pytest.approx(expected_loss.item(), rel=1e-6), pytest.approx(expected_norm, rel=1e-5))
     assert rate == pytest.approx(0.01 / 4)
     for name, parameter in state.model.named_parameters():
@@ -148,7 +148,7 @@ def test_no_clipping(tmp_path: Path) -> None:
     wide = new_state(configure(gradient_clip=1e9), CPU)
     for each in (state, wide):
         config = configure(gradient_clip=0.0 if each is state else 1e9)
-        train_step(config, each, streams()["train"], compiled(each.model, config), SEQ_LEN)
+        train_step(config, each, streams()["train"], compiled(each.model, config))
     assert same(state.model.state_dict(), wide.model.state_dict())
 
 
@@ -197,7 +197,7 @@ def test_dropout_masks_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
             logits, _ = state.model(torch.from_numpy(x))
             return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).flatten())
 
-        return train_step(config, state, streams()["train"], loss_function, SEQ_LEN)[0]
+        return train_step(config, state, streams()["train"], loss_function)[0]
 
     assert first_loss(1, 5, noise=1) == first_loss(1, 5, noise=2)
     found = [first_loss(seed, step, noise=1) for seed in (1, 2, 3) for step in (0, 1, 2)]
@@ -314,7 +314,7 @@ def test_stops_before_an_update_that_is_not_finite(optimizer: str, poison: str) 
         loss_function = infinite_gradient(state)
     before, average = copy(state.model.state_dict()), copy(state.ema)
     with pytest.raises(FloatingPointError, match=r"^step 5: the loss is .* the weights were not updated\. Lower train"):
-        train_step(config, state, streams()["train"], loss_function, SEQ_LEN)
+        train_step(config, state, streams()["train"], loss_function)
     after = state.model.state_dict()
     assert all(torch.equal(value.nan_to_num(7), after[name].nan_to_num(7)) for name, value in before.items())
     assert same(state.ema, average)
@@ -326,15 +326,15 @@ def test_fp16_overflow_skips_the_whole_step(clip: float) -> None:
     config = configure(optimizer="muon", precision="fp16", gradient_clip=clip)
     state = new_state(config, CPU)
     loss_function = compiled(state.model, config)
-    train_step(config, state, streams()["train"], loss_function, SEQ_LEN)  # fills the optimizers' moments
+    train_step(config, state, streams()["train"], loss_function)  # fills the optimizers' moments
     before = copy(state.model.state_dict())
     scale = state.scaler.get_scale()
     # Only the embedding, AdamW's, overflows; Muon's matrices must stay as well.
-    loss, norm, _ = train_step(config, state, streams()["train"], infinite_gradient(state), SEQ_LEN)
+    loss, norm, _ = train_step(config, state, streams()["train"], infinite_gradient(state))
     assert (loss, math.isfinite(norm)) == (0.0, False)
     assert same(state.model.state_dict(), before)
     assert state.scaler.get_scale() == scale / 2
-    _, norm, _ = train_step(config, state, streams()["train"], loss_function, SEQ_LEN)
+    _, norm, _ = train_step(config, state, streams()["train"], loss_function)
     assert math.isfinite(norm)
     assert not same(state.model.state_dict(), before)
 
