@@ -26,7 +26,6 @@ ENVIRONMENT = (
     "DVC_EXP_NAME",
     "DVC_ROOT",
     "DVC_STAGE",
-    "DO_NOT_TRACK",
     "MLFLOW_DISABLE_TELEMETRY",
     "MLFLOW_EXPERIMENT_NAME",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
@@ -345,14 +344,12 @@ def test_artifacts_lie_beside_the_database_and_follow_a_moved_project(project: P
 
 def test_user_settings_stay(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_run("prepare").close()
-    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == os.environ["DO_NOT_TRACK"] == "true"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
-    del os.environ["DO_NOT_TRACK"]
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="false", MLFLOW_HTTP_REQUEST_MAX_RETRIES="5")
     os.environ["MLFLOW_EXPERIMENT_NAME"] = "mine"
     with start_run("prepare") as tracker:
         pass
-    assert "DO_NOT_TRACK" not in os.environ
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "5"
     assert mlflow_client().get_experiment(read_run(tracker).info.experiment_id).name == "mine"
