@@ -25,8 +25,6 @@ from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
-MAX_STORY_BYTES = 614  # the longest story that the rules allow; tests/test_stories.py derives the bound
-
 WORDS = """
 girl = Ada Bella Clara Ivy 2*Lily Luna 2*Mia Nora Rosa Ruby
 boy = 2*Ben Carl Eli Felix Finn Jack Leo Noah Oscar 2*Sam

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from story_parser import entropy, read_rules, story_derivations, story_nats
 
-from smallgpt.stories import MAX_STORY_BYTES, Story, generate_stories
+from smallgpt.stories import Story, generate_stories
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_stories_are_short_and_all_different(corpus: list[Story]) -> None:
     assert len({story.text for story in corpus}) == len(corpus)
     assert len({part for story in corpus for part in story.text.split("\n")[1:2]}) == len(corpus)
     bound = longest("story", lambda words: len(words.encode("utf-8")) + bool(re.search(r"\b[Aa] $", words)))
-    assert max(len(story.text.encode("utf-8")) for story in corpus) <= bound == MAX_STORY_BYTES
+    assert max(len(story.text.encode("utf-8")) for story in corpus) <= bound == 614
 
 
 def test_no_story_is_longer_than_128_words_and_marks() -> None:
