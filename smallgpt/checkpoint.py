@@ -83,7 +83,8 @@ def load_checkpoint(folder: str | Path, *, weights: str = "model.safetensors") -
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, MismatchError):
             raise
-        raise MismatchError(f"{folder / 'config.json'} is no model configuration: {_one_line(error)}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise MismatchError(f"{folder / 'config.json'} is no model configuration: {reason}") from None
     # safetensors has no checksum of its own: a flipped bit would pass as a weight.
     if digest not in (None, sha256_file(folder / weights)):
         raise MismatchError(f"{folder / weights} is damaged or was changed: config.json has another sha256 for it")
@@ -101,7 +102,3 @@ def model_sha256(folder: str | Path) -> str:
     if not (path := Path(folder) / "model.safetensors").is_file():
         raise FileNotFoundError(f"{path} does not exist; the train stage writes it")
     return sha256_file(path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
