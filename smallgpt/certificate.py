@@ -46,18 +46,20 @@ def certify(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarr
     Raises ValueError, naming the check, its value and its limit, when a limit is broken.
     """
     name = served.bundle.config.variant
-    scores, differences = _compare_text(served, model, tokenizer, ids)
-    differences |= _compare_batches(served, model, ids) | {"cuts": _compare_cuts(served, model, ids)}
+    agreement, scores, of_text = _compare_text(served, model, tokenizer, ids)
+    differences = {"text": of_text, **_compare_batches(served, model, ids), "cuts": _compare_cuts(served, model, ids)}
     splits = _compare_greedy(served, model, tokenizer, ids)
     figures = {
         "max_difference": float(np.max([part["max"] for part in differences.values()])),
         "mean_difference": float(np.max([part["mean"] for part in differences.values()])),
         "greedy_gap": max([split["gap"] for split in splits], default=0.0),
         "greedy_splits": len(splits),
+        "top1_agreement": agreement,
         **scores,
     }
     if limits.single_bits_per_byte_difference is not None:
-        figures |= _compare_singles(served, model, tokenizer, ids[: SINGLE_TOKENS + 1])
+        _, scores, _ = _compare_text(served, model, tokenizer, ids[: SINGLE_TOKENS + 1], singly=True)
+        figures |= {f"single_{key}": value for key, value in scores.items()}
     for check, limit in asdict(limits).items():
         if limit is not None and not figures[check] <= limit:  # also when it is NaN
             raise ValueError(
@@ -107,41 +109,29 @@ def _excerpt(ids: np.ndarray, start: int, length: int) -> np.ndarray:
 
 
 def _compare_text(
-    served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray
-) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray, *, singly: bool = False
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Over windows of the context: how often both hold the same token most likely, bits per byte, and differences.
+
+    With `singly` every token is a step of its own for the bundle, at batch 1.
+    """
     context = served.max_seq_len
     difference, same, nats = _Difference(), 0, np.zeros(2)
     for start in range(0, len(ids) - 1, context):
         window = ids[start : start + context + 1]
-        expected, actual = _torch_logits(model, window[:-1]), served.logits(window[:-1])
+        cuts = range(1, len(window) - 1) if singly else ()
+        expected, actual = _torch_logits(model, window[:-1]), served.logits(window[:-1], cuts)
         difference.add(expected, actual)
         same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
         nats += [token_nats(logits, window[1:]).sum() for logits in (expected, actual)]
-    scores = {"top1_agreement": _rounded(same / (len(ids) - 1)), **_bits_per_byte(nats, tokenizer, ids)}
-    return scores, {"text": difference.to_dict()}
-
-
-def _compare_singles(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, float]:
-    """Bits per byte when every token is a step of its own at batch 1."""
-    context = served.max_seq_len
-    nats = np.zeros(2)
-    for start in range(0, len(ids) - 1, context):
-        window = ids[start : start + context + 1]
-        expected = _torch_logits(model, window[:-1])
-        actual = served.logits(window[:-1], range(1, len(window) - 1))
-        nats += [token_nats(logits, window[1:]).sum() for logits in (expected, actual)]
-    return {f"single_{key}": value for key, value in _bits_per_byte(nats, tokenizer, ids).items()}
-
-
-def _bits_per_byte(nats: np.ndarray, tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, float]:
-    """The sums of -ln p that PyTorch and the bundle give the text `ids`, as bits per byte."""
     text_bytes = sum(len(tokenizer.token_bytes[i]) for i in ids[1:])
-    of_torch, of_onnx = (float(value) / math.log(2) / text_bytes for value in nats)
-    return {
+    of_torch, of_onnx = (nats / math.log(2) / text_bytes).tolist()
+    scores = {
         "bits_per_byte_torch": of_torch,
         "bits_per_byte_onnx": of_onnx,
         "bits_per_byte_difference": _rounded(abs(of_onnx / of_torch - 1)),
     }
+    return _rounded(same / (len(ids) - 1)), scores, difference.to_dict()
 
 
 def _compare_batches(served: OrtGPT, model: SmallGPT, ids: np.ndarray) -> dict[str, dict[str, float]]:
