@@ -218,11 +218,14 @@ class _Loader(yaml.SafeLoader):
             if name in seen:
                 raise ValueError(f"{line}: the key {name} stands there twice; remove one of them")
             seen.add(name)
-            if isinstance(value, yaml.ScalarNode) and value.style is None:
-                if re.fullmatch(r"[-+]?0\d+", value.value):
-                    raise ValueError(f"{line}: {name} is {value.value}, which reads as octal; drop the leading 0")
-                if re.fullmatch(r"[-+]?\d+(:\d+)+", value.value):
-                    raise ValueError(f"{line}: {name} is {value.value}, which reads as a number of base 60; quote it")
+            for part in [key, *(value.value if isinstance(value, yaml.SequenceNode) else [value])]:
+                if isinstance(part, yaml.ScalarNode) and part.style is None:
+                    if re.fullmatch(r"[-+]?0\d+", part.value):
+                        raise ValueError(f"{line}: {name} is {part.value}, which reads as octal; drop the leading 0")
+                    if re.fullmatch(r"[-+]?\d+(:\d+)+", part.value):
+                        raise ValueError(
+                            f"{line}: {name} is {part.value}, which reads as a number of base 60; quote it"
+                        )
         return super().construct_mapping(node, deep)
 
 

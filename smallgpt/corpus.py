@@ -311,11 +311,10 @@ def main() -> None:
         out = arguments.out or Path("data/wikitext2")
         for split, [text] in splits.items():
             write_atomic(out / f"{split}.txt", text)
-    elif arguments.source == "shakespeare":
-        out = arguments.out or Path("data/shakespeare.txt")
-        write_atomic(out, "".join(documents))
     else:
-        out = arguments.out or Path("data/stories.jsonl")
+        if arguments.source == "shakespeare":
+            documents = ["".join(documents)]  # one text, which was cut into splits
+        out = arguments.out or Path("data/shakespeare.txt" if len(documents) == 1 else "data/stories.jsonl")
         write_atomic(out, "".join(map(_json_line, documents)) if out.suffix == ".jsonl" else "\n\n".join(documents))
     log.info("wrote %s", out)
 

@@ -44,8 +44,9 @@ def train(
     """Train a model on token files and write the model folder `out` and the curves in `reports`.
 
     `work` holds the resumable state, in a folder named after everything that shapes the result; `track` mirrors the
-    run in MLflow; `resume_only` refuses to start from the beginning. Started by torchrun, the processes share each
-    batch, and the first one writes. Returns the summary that also goes to reports/summary.json.
+    run in MLflow; `resume_only` refuses to start from the beginning, whatever training.resume is. Started by torchrun,
+    the processes share each batch, and the first one writes. Returns the summary that also goes to
+    reports/summary.json.
 
     Raises:
         ValueError: a corpus shorter than two windows, a batch that the processes cannot share evenly, or another
@@ -57,7 +58,8 @@ def train(
     """
     device = pick_device(config.training.device)
     precision = pick_precision(config.training.precision, device)
-    settings = config.training.model_copy(update={"precision": precision})
+    resume = "auto" if resume_only else config.training.resume
+    settings = config.training.model_copy(update={"precision": precision, "resume": resume})
     config = config.model_copy(update={"training": settings})
     threads = settings.threads or processors()
     data = {split: TokenFile.load(tokens, split) for split in ("train", "valid")}

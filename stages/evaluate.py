@@ -21,6 +21,7 @@ def main(
 ) -> None:
     config = load_config(params)
     report = json.loads(Path(prepare_report).read_text(encoding="utf-8"))
+    splits = {key: part for key, part in report.items() if isinstance(part, dict)}
     with start_run("evaluate", model_sha256=model_sha256(model)) as tracker:
         results = evaluate(
             SmallGPT.from_pretrained(model),
@@ -28,7 +29,7 @@ def main(
             config.evaluation,
             config.generation,
             out=Path(out),
-            floors={key: part["floor_nats"] for key, part in report.items() if "floor_nats" in part},
+            floors={key: part["floor_nats"] for key, part in splits.items() if "floor_nats" in part},
             train_reports=Path(train_reports),
         )
         tracker.log_params(config.model_dump(include={"evaluation"}) | {"generation": config.generation.to_dict()})

@@ -273,6 +273,8 @@ def test_every_fault_has_its_line() -> None:
         ("prepare: {source: 1:30}", "line 1: source is 1:30, which reads as a number of base 60; quote it"),
         ("model:\n  dropout: -1:2:3\n", "line 2: dropout is -1:2:3, which reads as a number of base 60; quote it"),
         ("model: {dropout: -01}", "line 1: dropout is -01, which reads as octal; drop the leading 0"),
+        ("export: {variants: [fp32, 012]}", "line 1: variants is 012, which reads as octal; drop the leading 0"),
+        ("generation: {logit_bias: {017: 1}}", "line 1: 017 is 017, which reads as octal; drop the leading 0"),
         ("model: {dropout: 0.1\n", "while parsing a flow mapping"),
         ("model:\n\tdropout: 0.1\n", "while scanning for the next token found character '\\t'"),
         ("model: {{ dropout }}\n", "while constructing a mapping"),

@@ -550,10 +550,17 @@ def test_command_line_writes_sources_as_files(
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "shakespeare.txt").write_text(LINES)
     monkeypatch.setitem(corpus.DOWNLOADS, "shakespeare", (server.url, sha256(LINES.encode()), "shakespeare.txt"))
-    for arguments in (["shakespeare"], ["wikitext2"], ["stories"], ["stories", "--out", "my/stories.txt"]):
+    for arguments in (
+        ["shakespeare"],
+        ["shakespeare", "--out", "my/shakespeare.jsonl"],
+        ["wikitext2"],
+        ["stories"],
+        ["stories", "--out", "my/stories.txt"],
+    ):
         monkeypatch.setattr(sys, "argv", ["corpus", *arguments])
         corpus.main()
     assert (tmp_path / "data" / "shakespeare.txt").read_text() == LINES
+    assert json.loads((tmp_path / "my" / "shakespeare.jsonl").read_text()) == {"text": LINES}
     assert contents(tmp_path / "data" / "wikitext2") == {f"{split}.txt": text for split, text in published.items()}
     default = PrepareConfig()
     stories = [story.text for story in generate_stories(seed=default.seed, target_bytes=default.stories_bytes)]

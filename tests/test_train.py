@@ -521,7 +521,7 @@ def test_resuming_needs_the_settings_it_was_started_with(runner: Runner) -> None
     for changed in (configure(seed=2), configure({"num_layers": 1}), configure(max_steps=9)):
         with pytest.raises(MismatchError, match=r"give it what it was started with, or use --out to start a new one"):
             runner(changed, resume_only=True)
-    runner(configure(), resume_only=True)
+    runner(configure(resume="never"), resume_only=True)  # which is the stronger wish
     resumed = runner.outs
     runner.clear()
     runner(configure())
