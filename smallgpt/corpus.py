@@ -312,9 +312,9 @@ def main() -> None:
         for split, [text] in splits.items():
             write_atomic(out / f"{split}.txt", text)
     else:
-        if arguments.source == "shakespeare":
-            documents = ["".join(documents)]  # one text, which was cut into splits
-        out = arguments.out or Path("data/shakespeare.txt" if len(documents) == 1 else "data/stories.jsonl")
+        whole = arguments.source == "shakespeare"  # one text, which was cut into splits
+        documents = ["".join(documents)] if whole else documents
+        out = arguments.out or Path("data/shakespeare.txt" if whole else "data/stories.jsonl")
         write_atomic(out, "".join(map(_json_line, documents)) if out.suffix == ".jsonl" else "\n\n".join(documents))
     log.info("wrote %s", out)
 

@@ -91,9 +91,11 @@ def train(
             )
         if resume_only and not state.step:
             raise unknown
-        if not state.step and ranks.first and (stopped := sorted({saved.parent for saved in work.glob("*/state-*")})):
-            names = ", ".join(str(other) for other in stopped)
-            log.info("starting anew: the settings, data, source or versions of %s are others", names)
+        others = {str(saved.parent) for saved in work.glob("*/state-*")} - {str(folder)}
+        if others and not state.step and ranks.first:
+            log.info(
+                "starting anew: the settings, data, source or versions of %s are others", ", ".join(sorted(others))
+            )
         resume_key = key if settings.resume == "auto" else None
         with start_run("train", resume_key=resume_key) if track and ranks.first else Tracker() as tracker:
             tracker.log_params(config.model_dump(include={"model", "training"}))

@@ -170,6 +170,17 @@ def test_a_damaged_newest_state_gives_the_same_bytes(runner: Runner, caplog: pyt
     assert runner.outs == expected
 
 
+def test_without_a_whole_state_it_starts_anew(runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(StoppedError):
+        runner(configure(), at=4, call=send(signal.SIGTERM))
+    for saved in (runner.folder / "work").glob("*/state-*/state.safetensors"):
+        saved.write_bytes(b"")
+    runner(configure())
+    assert caplog.text.count("is damaged and left aside") == 2
+    assert "starting anew" not in caplog.text  # which names trainings with other settings
+
+
 def test_changed_settings_never_take_up_an_old_state(runner: Runner, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     runner(configure(seed=2))
