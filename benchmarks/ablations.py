@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 from smallgpt.files import write_atomic, write_json
-from smallgpt.machine import describe_machine
-from smallgpt.train import pick_device, pick_precision
+from smallgpt.machine import describe_machine, pick_device
+from smallgpt.train import pick_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = {"model.embed_dim": 256, "model.num_heads": 4, "model.num_layers": 4, "model.dropout": 0.1}
@@ -36,8 +36,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "AdamW 1e-3": {"training.optimizer": "adamw", "training.learning_rate": 1e-3},
     "weight decay 0.1": {"training.weight_decay": 0.1},
     "weight decay 0.4": {"training.weight_decay": 0.4},
+    "weight decay 0.8": {"training.weight_decay": 0.8},
     "weight decay 1.6": {"training.weight_decay": 1.6},
     "dropout 0": {"model.dropout": 0.0},
+    "dropout 0.1": {"model.dropout": 0.1},
     "dropout 0.2": {"model.dropout": 0.2},
     "dropout 0.3": {"model.dropout": 0.3},
     "dropout 0.4": {"model.dropout": 0.4},
@@ -45,6 +47,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "vocabulary 512": {"model.vocab_size": 512},
     "vocabulary 2048": {"model.vocab_size": 2048},
     "vocabulary 4096": {"model.vocab_size": 4096},
+    "context 512": {"model.max_seq_len": 512, "training.batch_size": 8},
+    "cosine schedule": {"training.lr_schedule": "cosine"},
 }
 NOISE = 0.005  # nats a token; smaller effects are none
 
@@ -132,16 +136,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("reports/bench/ablations.json"))
     options = parser.parse_args()
-    names = options.only.split(",") if options.only else list(CHANGES)
-    if unknown := set(names) - set(CHANGES):
-        parser.error(f"--only names {', '.join(sorted(unknown))}; known are {', '.join(CHANGES)}")
     control = CONTROL | {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in options.set)}
-    training = settings_with(control)["training"]
+    settings = settings_with(control)
+    known = [name for name in CHANGES if name == "control" or settings_with(control | CHANGES[name]) != settings]
+    names = options.only.split(",") if options.only else known
+    if unknown := set(names) - set(known):
+        parser.error(f"--only names {', '.join(sorted(unknown))}; changes to this control are {', '.join(known)}")
+    training = settings["training"]
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "precision": pick_precision(training["precision"], pick_device(training["device"])),
         "control": ", ".join(f"{key} {value}" for key, value in control.items()) + f", {options.epochs:g} epochs",
-        "settings": {part: settings_with(control)[part] for part in ("prepare", "tokenizer", "model", "training")},
+        "settings": {part: settings[part] for part in ("prepare", "tokenizer", "model", "training")},
         "runs": {},
     }
     if options.out.is_file():

@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# All that a GPU has to show, in one call of less than 10 minutes and without a network:
+# All that a GPU has to show, in calls of less than 10 minutes each and without a network:
 #
-#   benchmarks/gpu.sh [FOLDER_OF_WHEELS]
+#   benchmarks/gpu.sh [FOLDER_OF_WHEELS]                  speed: reports/bench/gpu.json and gpu-train.{json,md}
+#   PARTS=presets benchmarks/gpu.sh [FOLDER_OF_WHEELS]    quality: a row and a model card for each of $PRESETS
+#   PARTS=ablations benchmarks/gpu.sh [FOLDER_OF_WHEELS]  what each part of the recipe is worth at 20M parameters:
+#                                                         reports/bench/gpu-ablations.{json,md}
+#
+# Presets and ablations read their corpora from SMALLGPT_DATA_DIR, and a call that ran out of time is gone on with by the
+# next. With OUT everything is written there.
 #
 # The machine needs torch, numpy, sentencepiece, pyyaml and safetensors. What else is missing there (pydantic, filelock,
 # tqdm; transformers for the peers) is taken from the wheels and put into a temporary folder. MLflow and DVC are not used.
-# Writes reports/bench/gpu.json and reports/bench/gpu-train.{json,md}; a part that fails is named in it and the rest goes
-# on. DEVICE=cpu SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1 rehearses it on a machine without a GPU.
+# A part that fails is named and the rest goes on. DEVICE=cpu SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1
+# rehearses the first call on a machine without a GPU, PRESETS=stories-tiny the second, ONLY=control EPOCHS=0.1 the third.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} device=${DEVICE:-cuda} shapes=${SHAPES:-gpt2,llama}
+python=$(realpath -s "$(command -v "${PYTHON:-python3}")") device=${DEVICE:-cuda} shapes=${SHAPES:-gpt2,llama}
+parts=,${PARTS:-train,ddp,decode}, limit=570
 mkdir -p "${OUT:-reports/bench}"
 out=$(cd "${OUT:-reports/bench}" && pwd)
 scratch=$(mktemp -d)
@@ -28,18 +35,52 @@ printf 'import sys\nsys.path.append("%s")\n' "$scratch/packages" > "$scratch/sit
 
 failed=()
 part() { # name, seconds, command...
-  local name=$1 limit=$2
+  local name=$1 seconds=$2
   shift 2
   echo "== $name" >&2
-  timeout "$limit" "$@" >&2 || { failed+=("$name"); echo "== $name failed" >&2; }
+  timeout "$seconds" "$@" >&2 || { failed+=("$name"); echo "== $name failed" >&2; }
 }
+asked() { [[ $parts == *,$1,* ]]; }
+rest() { echo $((limit > SECONDS ? limit - SECONDS : 1)); }
+
+# What a person gets from `cp configs/NAME.yaml params.yaml && dvc repro`, without DVC and without the export.
+preset() { # name, folder of results, page, folder of cards
+  local name=$1 root=$PWD project=.smallgpt/gpu/$1
+  mkdir -p "$project/configs" && cp "configs/$name.yaml" "$project/configs" || return 1
+  cd "$project" && cp "configs/$name.yaml" params.yaml || return 1
+  for stage in prepare tokenize train evaluate; do "$python" -m "stages.$stage" || return 1; done
+  cd "$root" || return 1
+  "$python" -m smallgpt.results add --project "$project" --config "configs/$name.yaml" --out "$2" --page "$3" --cards "$4"
+}
+export -f preset
+export python
+if asked presets; then
+  where=(reports/results docs/results.md docs/models)
+  [ -n "${OUT:-}" ] && where=("$out/results" "$out/results.md" "$out/models")
+  for name in ${PRESETS:-shakespeare-25m stories-25m wikitext2-25m}; do
+    part "$name" "$(rest)" bash -c 'preset "$@"' preset "$name" "${where[@]}"
+  done
+fi
+
+if asked ablations; then
+  table=$out/gpu-ablations.json
+  [ -f "$table" ] || [ ! -f reports/bench/gpu-ablations.json ] || cp reports/bench/gpu-ablations.json "$table"
+  part ablations "$(rest)" "$python" benchmarks/ablations.py ${ONLY:+--only "$ONLY"} --epochs "${EPOCHS:-12}" \
+    --set model.embed_dim=512 --set model.num_heads=8 --set model.num_layers=6 --set model.dropout=0.2 --out "$table"
+fi
+
+if ! asked train && ! asked ddp && ! asked decode; then
+  printf 'failed: %s\n' "${failed[*]:-nothing}"
+  [ ${#failed[@]} -eq 0 ]
+  exit
+fi
 
 systems=products,ours,peer
 "$python" -c 'import transformers' 2> /dev/null || { systems=products,ours; failed+=(peers); }
 
-part train 330 "$python" benchmarks/train.py --device "$device" --shape "$shapes" --only "$systems" --precision bf16 \
+if asked train; then part train 330 "$python" benchmarks/train.py --device "$device" --shape "$shapes" --only "$systems" --precision bf16 \
   --seq-len "${SEQ_LEN:-1024}" --batch-size "${BATCH:-64}" --steps "${STEPS:-5}" --per-round "${PER_ROUND:-20}" \
-  --out "$out/gpu-train.json"
+  --out "$out/gpu-train.json"; fi
 
 # Two processes must have the loss curve of one.
 ranks=2
@@ -63,11 +104,11 @@ sys.exit(difference > 1e-4)
 END
 }
 export -f curves
-export python device scratch out
+export device scratch out
 rm -f "$out/ddp.json" "$out/decode.json"
-if [ "$ranks" -gt 1 ]; then part ddp 120 bash -c curves; fi
+if [ "$ranks" -gt 1 ] && asked ddp; then part ddp 120 bash -c curves; fi
 
-if [ -f benchmarks/decode.py ] && grep -q -- --device benchmarks/decode.py; then  # once it can measure a GPU
+if asked decode && grep -q -- --device benchmarks/decode.py; then  # once it can measure a GPU
   part decode 120 "$python" benchmarks/decode.py --device "$device" --out "$out/decode.json"
 fi
 

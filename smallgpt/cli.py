@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+DEVICES = r"auto|cpu|cuda(:\d+)?"  # what a device of ONNX Runtime may be called
+
 
 class MismatchError(ValueError):
     """Files that do not belong together or were changed: exit code 3."""

@@ -155,6 +155,7 @@ class EvaluationConfig(Section):
     train_tokens: Annotated[int, Field(ge=0)] = 100_000
     samples: Annotated[int, Field(ge=0)] = 10
     sample_prompt: str = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class ExportConfig(Section):

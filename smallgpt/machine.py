@@ -3,7 +3,9 @@
 import platform
 from pathlib import Path
 
-from smallgpt.cli import processors
+import torch
+
+from smallgpt.cli import DeviceError, processors
 
 
 def describe_machine() -> str:
@@ -13,3 +15,10 @@ def describe_machine() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{processors()} cores of {name}"
+
+
+def pick_device(name: str, setting: str = "training.device") -> torch.device:
+    """`auto` is CUDA where PyTorch has it; `cuda` without it raises DeviceError, which names the setting."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"{setting} is cuda, but PyTorch sees no CUDA device; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

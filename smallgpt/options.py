@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from smallgpt import __version__
+from smallgpt import __version__, cli
 from smallgpt.files import decode_utf8
 from smallgpt.sampling import GenerationConfig
 
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not re.fullmatch(r"\d+", options.threads):
         raise ValueError(f"--threads is {options.threads}; it must be a whole number of at least 0")
     options.threads = int(options.threads)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
+    if not re.fullmatch(cli.DEVICES, options.device):
         raise ValueError(f"--device is {options.device!r}; it must be auto, cpu, cuda or cuda:N")
     if options.logprobs is not None and not (options.json or options.jsonl):
         raise ValueError("--logprobs needs --json or --jsonl to be written to")

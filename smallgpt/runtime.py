@@ -61,9 +61,7 @@ class OrtGPT:
         session: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.bundle = load_bundle(bundle, verify=verify)
-        kind, _, number = device.partition(":")
-        self.device_number = int(number or 0)
-        self.session, self.device = open_session(self.bundle, kind, self.device_number, threads, session)
+        self.session, self.device, self.device_number = open_session(self.bundle, device, threads, session)
         self.tokenizer = Tokenizer.load(self.bundle.tokenizer)
         self.max_seq_len: int = self.bundle.config.model["max_seq_len"]
         self.vocab_size: int = self.bundle.config.model["vocab_size"]

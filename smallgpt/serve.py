@@ -237,7 +237,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("--version", action="version", version=f"smallgpt {__version__}")
     options = parser.parse_args(arguments)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
+    if not re.fullmatch(cli.DEVICES, options.device):
         raise ValueError(f"--device is {options.device!r}; it must be auto, cpu, cuda or cuda:N")
     return options
 

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,21 +15,21 @@ from typing import Any
 import onnxruntime
 
 from smallgpt.bundle import Bundle
-from smallgpt.cli import DeviceError, MismatchError, processors
+from smallgpt.cli import DEVICES, DeviceError, MismatchError, processors
 
 log = logging.getLogger(__name__)
 
 SCORES_BYTES = 2**28  # what the attention of one call may take for its scores
 
 
-def open_session(
-    bundle: Bundle, device: str, number: int, threads: int, entries: Sequence[tuple[str, str]]
-) -> tuple[Any, str]:
-    """Open the graph on a device, and say on which one it really is."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; it must be auto, cpu or cuda")
+def open_session(bundle: Bundle, device: str, threads: int, entries: Sequence[tuple[str, str]]) -> tuple[Any, str, int]:
+    """Open the graph on a device, and say on which one it really is, "cpu" or "cuda" and the number of the GPU."""
+    if not re.fullmatch(DEVICES, device):
+        raise ValueError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
     if threads < 0:
         raise ValueError(f"threads is {threads}; it must be at least 0")
+    device, _, gpu = device.partition(":")
+    number = int(gpu or 0)
     devices, variant = bundle.config.devices, bundle.config.variant
     if device == "cuda" and "cuda" not in devices:
         raise DeviceError(f"{bundle.folder} is a {variant} bundle for {', '.join(devices)}; take exports/fp16 for cuda")
@@ -46,12 +47,12 @@ def open_session(
             cuda = ("CUDAExecutionProvider", {"device_id": number})
             session = _load(bundle, options, [cuda, "CPUExecutionProvider"])
             if "CUDAExecutionProvider" in session.get_providers():
-                return session, "cuda"
+                return session, "cuda", number
             problem = "onnxruntime could not start its CUDA provider on this GPU"
         if device == "cuda":
             raise DeviceError(f"cuda cannot be used: {problem}")
         log.warning("warning: no GPU (%s): this %s bundle runs on the CPU, where fp32 is faster", problem, variant)
-    return _load(bundle, options, ["CPUExecutionProvider"]), "cpu"
+    return _load(bundle, options, ["CPUExecutionProvider"]), "cpu", 0
 
 
 def _load(bundle: Bundle, options: Any, providers: Sequence[Any]) -> Any:

@@ -14,13 +14,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from smallgpt.checkpoint import save_checkpoint
-from smallgpt.cli import DeviceError, MismatchError, processors, run
+from smallgpt.cli import MismatchError, processors, run
 from smallgpt.config import Config, load_config, parse_config
 from smallgpt.corpus import prepare, read_splits
 from smallgpt.distributed import Ranks, join_ranks
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
 from smallgpt.loop import loop, set_up_process
-from smallgpt.machine import describe_machine
+from smallgpt.machine import describe_machine, pick_device
 from smallgpt.model import SmallGPT
 from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state
 from smallgpt.tokenizer import Tokenizer
@@ -128,13 +128,6 @@ def exclusive(folder: Path, ranks: Ranks) -> Iterator[None]:
         raise ValueError(f"another process is training with these settings (it holds {folder / 'lock'})") from None
     with held:
         yield
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where PyTorch has it; `cuda` without it raises DeviceError."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("training.device is cuda, but PyTorch sees no CUDA device; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -7,6 +7,7 @@ from smallgpt.checkpoint import model_sha256
 from smallgpt.cli import run
 from smallgpt.config import load_config
 from smallgpt.evaluate import evaluate, perplexity_rows
+from smallgpt.machine import pick_device
 from smallgpt.model import SmallGPT
 from smallgpt.tracking import start_run
 
@@ -20,11 +21,12 @@ def main(
     out: str = "reports/evaluate",
 ) -> None:
     config = load_config(params)
+    device = pick_device(config.evaluation.device, "evaluation.device")
     report = json.loads(Path(prepare_report).read_text(encoding="utf-8"))
     splits = {key: part for key, part in report.items() if isinstance(part, dict)}
     with start_run("evaluate", model_sha256=model_sha256(model)) as tracker:
         results = evaluate(
-            SmallGPT.from_pretrained(model),
+            SmallGPT.from_pretrained(model).to(device),
             Path(tokens),
             config.evaluation,
             config.generation,

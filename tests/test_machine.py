@@ -1,7 +1,11 @@
 import os
 import platform
 
-from smallgpt.machine import describe_machine
+import pytest
+import torch
+
+from smallgpt.cli import DeviceError
+from smallgpt.machine import describe_machine, pick_device
 
 
 def test_the_description_names_the_processor_and_nobody() -> None:
@@ -9,3 +13,12 @@ def test_the_description_names_the_processor_and_nobody() -> None:
     assert int(text.split(" cores of ")[0]) <= (os.cpu_count() or 1)
     assert len(text.split(" cores of ")[1]) > 2
     assert platform.node() not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_devices_without_cuda() -> None:
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(
+        DeviceError, match=r"^evaluation\.device is cuda, but PyTorch sees no CUDA device; use auto or "
+    ):
+        pick_device("cuda", "evaluation.device")

@@ -78,6 +78,12 @@ def test_no_gpu_is_said(pair) -> None:
             OrtGPT(pair[1] / "fp32", device="cuda")
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:1", "cuda:"])
+def test_devices_that_are_none(pair, device: str) -> None:
+    with pytest.raises(ValueError, match=rf"^device is '{device}'; it must be auto, cpu, cuda or cuda:N$"):
+        OrtGPT(pair[1] / "fp32", device=device)
+
+
 def test_integer_products_that_cannot_overflow_give_the_same_digits(pair, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_ids(1, 40)
     logits = OrtGPT(pair[1] / "int8", threads=1).prefill(ids).copy()

@@ -37,7 +37,7 @@ from smallgpt.config import Config
 from smallgpt.score import score_stream
 from smallgpt.tokenizer import Tokenizer, train_tokenizer
 from smallgpt.tokens import TokenFile
-from smallgpt.train import main, pick_device, train
+from smallgpt.train import main, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "".join(
@@ -419,7 +419,6 @@ def test_refusals(runner: Runner, tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_cuda_that_is_not_there(runner: Runner) -> None:
     with pytest.raises(DeviceError, match=r"^training\.device is cuda, but PyTorch sees no CUDA device; use auto or c"):
         runner(configure(device="cuda"))
-    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
 
 
 def trainer_sections(**training: Any) -> dict[str, Any]:
