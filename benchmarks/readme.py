@@ -38,6 +38,30 @@ The bundles against PyTorch, all computed on the CPU (each bundle's parity.json 
 {rows}"""
 
 
+def models() -> str:
+    """A line for each trained model, from the rows of docs/results.md."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in Path("reports/results").glob("*.json")]
+    head = "corpus, config, parameters, bits/byte, sliding, floor, word PPL (sliding), token PPL, vocab, training"
+    lines = [head.split(", "), ["---"] * 10]
+    for row in sorted(rows, key=lambda row: (row["dataset"], row["config"], row["bits_per_byte"])):
+        time = f", {row['seconds'] / 60:.0f} min" if row["seconds"] else ""
+        lines.append(
+            [
+                f"{row['dataset']}, {row['split']}",
+                f"{Path(row['config']).stem.replace('params', 'the default')}, seed {row['seed']}",
+                f"{row['parameters'] / 1e6:.1f}M",
+                f"{row['bits_per_byte']:.4f}",
+                f"{row['sliding_bits_per_byte']:.4f}",
+                f"{row['floor_bits_per_byte']:.4f}" if "floor_bits_per_byte" in row else "-",
+                f"{row['sliding_word_perplexity']:.1f}",
+                f"{row['perplexity']:.1f}",
+                f"{row['vocab_size']:,}",
+                f"{row['tokens_seen'] / 1e6:.1f}M tokens{time}",
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def sample() -> str:
     """The first of the samples that the stage evaluate drew, and how many of them the grammar could have told."""
     sys.path.insert(0, "tests")
@@ -71,7 +95,7 @@ def generation() -> str:
 def main() -> None:
     path = Path("README.md")
     text = path.read_text(encoding="utf-8")
-    for name, block in (("results", results), ("sample", sample), ("generate", generation)):
+    for name, block in (("results", results), ("models", models), ("sample", sample), ("generate", generation)):
         pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
         text, count = re.subn(pattern, lambda _, b=block, n=name: f"<!-- {n} -->\n{b()}<!-- /{n} -->", text, flags=re.S)
         if count != 1:

@@ -39,12 +39,17 @@ COLUMNS = {
     "hardware": "hardware",
     "seconds": "training s",
     "tokens_per_second": "tokens/s",
+    "tokens_seen": "tokens seen",
+    "config": "config",
+    "split_sha256": "sha256 of the split",
+    "model_sha256": "of the model",
 }
 INTRODUCTION = """# Results
 
 One row for each trained model, written by `python -m smallgpt.results add` from the files of its run. Bits per byte do
 not depend on the tokenizer and lead; *sliding* windows move by *stride*. *Training s* is the time of the whole
-training, compilation and validation included; a dash means that the figure is not known.
+training, compilation and validation included; a dash means that the figure is not known. The first digits of a model's
+sha256 name its card in [models](models), which has the whole hashes.
 
 """
 DATA = {
@@ -145,6 +150,8 @@ def _show(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}" if value >= 10 else f"{value:.4f}"
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:8]
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
