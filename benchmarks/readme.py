@@ -53,8 +53,7 @@ def models() -> str:
                 f"{row['bits_per_byte']:.4f}",
                 f"{row['sliding_bits_per_byte']:.4f}",
                 f"{row['floor_bits_per_byte']:.4f}" if "floor_bits_per_byte" in row else "-",
-                f"{row['sliding_word_perplexity']:.1f}",
-                f"{row['perplexity']:.1f}",
+                *(f"{row[n]:.{1 if row[n] >= 10 else 2}f}" for n in ("sliding_word_perplexity", "perplexity")),
                 f"{row['vocab_size']:,}",
                 f"{row['tokens_seen'] / 1e6:.1f}M tokens{time}",
             ]
