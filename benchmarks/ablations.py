@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from smallgpt.files import write_atomic, write_json
@@ -69,7 +70,8 @@ def measure(changes: dict[str, Any], seed: int, epochs: float) -> dict[str, Any]
 
         def run(stage: str) -> None:
             (Path(folder) / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "SMALLGPT_TRACKING": "off"}
+            places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "SMALLGPT_TRACKING": "off"}
             if subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment).returncode:
                 sys.exit(f"the stage {stage} failed")
 
@@ -128,7 +130,7 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help=f"of {', '.join(CHANGES)} (default: all)")
+    parser.add_argument("--only", help=f"of {', '.join(CHANGES)} (default: all that change the control)")
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--epochs", type=float, default=10.0)
     parser.add_argument(
@@ -141,11 +143,12 @@ def main() -> None:
     known = [name for name in CHANGES if name == "control" or settings_with(control | CHANGES[name]) != settings]
     names = options.only.split(",") if options.only else known
     if unknown := set(names) - set(known):
-        parser.error(f"--only names {', '.join(sorted(unknown))}; changes to this control are {', '.join(known)}")
+        parser.error(f"--only names {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     training = settings["training"]
+    device = pick_device(training["device"])
     report: dict[str, Any] = {
-        "machine": describe_machine(),
-        "precision": pick_precision(training["precision"], pick_device(training["device"])),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else describe_machine(),
+        "precision": pick_precision(training["precision"], device),
         "control": ", ".join(f"{key} {value}" for key, value in control.items()) + f", {options.epochs:g} epochs",
         "settings": {part: settings[part] for part in ("prepare", "tokenizer", "model", "training")},
         "runs": {},

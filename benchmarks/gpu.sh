@@ -2,21 +2,34 @@
 # All that a GPU has to show, in calls of less than 10 minutes each and without a network:
 #
 #   benchmarks/gpu.sh [FOLDER_OF_WHEELS]                  speed: reports/bench/gpu.json and gpu-train.{json,md}
-#   PARTS=presets benchmarks/gpu.sh [FOLDER_OF_WHEELS]    quality: a row and a model card for each of $PRESETS
+#   PARTS=presets benchmarks/gpu.sh [FOLDER_OF_WHEELS]    quality: a row and a model card for each of PRESETS
 #   PARTS=ablations benchmarks/gpu.sh [FOLDER_OF_WHEELS]  what each part of the recipe is worth at 20M parameters:
 #                                                         reports/bench/gpu-ablations.{json,md}
 #
-# Presets and ablations read their corpora from SMALLGPT_DATA_DIR, and a call that ran out of time is gone on with by the
-# next. With OUT everything is written there.
+# Presets and ablations read their corpora from SMALLGPT_DATA_DIR. A call that ran out of time is gone on with by the
+# next: the presets from .smallgpt/gpu, where their models stay, the ablations from their table. With OUT, tables, rows
+# and cards are written there; `python -m smallgpt.results table` joins rows that were brought back.
 #
-# The machine needs torch, numpy, sentencepiece, pyyaml and safetensors. What else is missing there (pydantic, filelock,
-# tqdm; transformers for the peers) is taken from the wheels and put into a temporary folder. MLflow and DVC are not used.
-# A part that fails is named and the rest goes on. DEVICE=cpu SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1
-# rehearses the first call on a machine without a GPU, PRESETS=stories-tiny the second, ONLY=control EPOCHS=0.1 the third.
+# The machine needs torch, numpy, sentencepiece, pyyaml and safetensors, for the presets requests and matplotlib too. What
+# else is missing there (pydantic, filelock, tqdm; transformers for the peers) is taken from the wheels and put into a
+# temporary folder. MLflow and DVC are not used. A part that fails is named and the rest goes on. With DEVICE=cpu and
+# OUT=FOLDER a machine without a GPU rehearses: SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1 the first call,
+# PRESETS=stories-tiny the second, ONLY=control EPOCHS=0.1 the third. Lists have commas: PARTS=train,ddp.
 set -uo pipefail
+data=${SMALLGPT_DATA_DIR:+$(realpath "$SMALLGPT_DATA_DIR")}
+[ -z "$data" ] || export SMALLGPT_DATA_DIR=$data
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$(command -v "${PYTHON:-python3}")") device=${DEVICE:-cuda} shapes=${SHAPES:-gpt2,llama}
-parts=,${PARTS:-train,ddp,decode}, limit=570
+parts=,${PARTS:-train,ddp,decode}, limit=560
+asked() { [[ $parts == *,$1,* ]]; }
+if [[ ! $parts =~ ^,(presets|ablations|(train|ddp|decode)(,(train|ddp|decode))*),$ ]]; then
+  echo "PARTS is ${PARTS}; it must be presets, ablations, or of train,ddp,decode" >&2
+  exit 2
+fi
+if [ "$device" != cpu ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "PyTorch sees no CUDA device; DEVICE=cpu rehearses" >&2
+  exit 4
+fi
 mkdir -p "${OUT:-reports/bench}"
 out=$(cd "${OUT:-reports/bench}" && pwd)
 scratch=$(mktemp -d)
@@ -38,17 +51,21 @@ part() { # name, seconds, command...
   local name=$1 seconds=$2
   shift 2
   echo "== $name" >&2
-  timeout "$seconds" "$@" >&2 || { failed+=("$name"); echo "== $name failed" >&2; }
+  timeout -k 20 "$seconds" "$@" >&2 || { failed+=("$name"); echo "== $name failed" >&2; }
 }
-asked() { [[ $parts == *,$1,* ]]; }
 rest() { echo $((limit > SECONDS ? limit - SECONDS : 1)); }
 
-# What a person gets from `cp configs/NAME.yaml params.yaml && dvc repro`, without DVC and without the export.
+# What a person gets from `cp configs/NAME.yaml params.yaml && dvc repro`, without DVC and without the export. A stage that
+# was done with these settings and sources is not repeated.
 preset() { # name, folder of results, page, folder of cards
-  local name=$1 root=$PWD project=.smallgpt/gpu/$1
+  local name=$1 root=$PWD project=.smallgpt/gpu/$1 inputs
+  trap : TERM # the stage saves its state first
+  inputs=$(cat "configs/$name.yaml" smallgpt/*.py stages/*.py | sha256sum) || return 1
   mkdir -p "$project/configs" && cp "configs/$name.yaml" "$project/configs" || return 1
-  cd "$project" && cp "configs/$name.yaml" params.yaml || return 1
-  for stage in prepare tokenize train evaluate; do "$python" -m "stages.$stage" || return 1; done
+  cd "$project" && cp "configs/$name.yaml" params.yaml && touch done || return 1
+  for stage in prepare tokenize train evaluate; do
+    grep -qxF "$stage $inputs" done || { "$python" -m "stages.$stage" && echo "$stage $inputs" >> done; } || return 1
+  done
   cd "$root" || return 1
   "$python" -m smallgpt.results add --project "$project" --config "configs/$name.yaml" --out "$2" --page "$3" --cards "$4"
 }
@@ -57,7 +74,8 @@ export python
 if asked presets; then
   where=(reports/results docs/results.md docs/models)
   [ -n "${OUT:-}" ] && where=("$out/results" "$out/results.md" "$out/models")
-  for name in ${PRESETS:-shakespeare-25m stories-25m wikitext2-25m}; do
+  presets=${PRESETS:-shakespeare-25m,stories-25m,wikitext2-25m}
+  for name in ${presets//,/ }; do
     part "$name" "$(rest)" bash -c 'preset "$@"' preset "$name" "${where[@]}"
   done
 fi
@@ -69,18 +87,18 @@ if asked ablations; then
     --set model.embed_dim=512 --set model.num_heads=8 --set model.num_layers=6 --set model.dropout=0.2 --out "$table"
 fi
 
-if ! asked train && ! asked ddp && ! asked decode; then
+if asked presets || asked ablations; then
   printf 'failed: %s\n' "${failed[*]:-nothing}"
-  [ ${#failed[@]} -eq 0 ]
-  exit
+  exit $((${#failed[@]} > 0))
 fi
 
-systems=products,ours,peer
-"$python" -c 'import transformers' 2> /dev/null || { systems=products,ours; failed+=(peers); }
-
-if asked train; then part train 330 "$python" benchmarks/train.py --device "$device" --shape "$shapes" --only "$systems" --precision bf16 \
-  --seq-len "${SEQ_LEN:-1024}" --batch-size "${BATCH:-64}" --steps "${STEPS:-5}" --per-round "${PER_ROUND:-20}" \
-  --out "$out/gpu-train.json"; fi
+if asked train; then
+  systems=products,ours,peer
+  "$python" -c 'import transformers' 2> /dev/null || { systems=products,ours; failed+=(peers); }
+  part train 330 "$python" benchmarks/train.py --device "$device" --shape "$shapes" --only "$systems" \
+    --precision bf16 --seq-len "${SEQ_LEN:-1024}" --batch-size "${BATCH:-64}" --steps "${STEPS:-5}" \
+    --per-round "${PER_ROUND:-20}" --out "$out/gpu-train.json"
+fi
 
 # Two processes must have the loss curve of one.
 ranks=2
@@ -112,16 +130,21 @@ if asked decode && grep -q -- --device benchmarks/decode.py; then  # once it can
   part decode 120 "$python" benchmarks/decode.py --device "$device" --out "$out/decode.json"
 fi
 
-"$python" - "$out" "$ranks" "${failed[@]}" << 'END'
+"$python" - "$out" "$parts" "$ranks" "${failed[@]}" << 'END'
 import json, sys
 from pathlib import Path
 
-out, ranks, failed = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-parts = {"train": "gpu-train.json", "ddp": "ddp.json", "decode": "decode.json"}
-found = {name: json.loads((out / file).read_text()) for name, file in parts.items() if (out / file).is_file()}
+out, asked, ranks, failed = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4:]
+report = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").is_file() else {}
+for name, file in {"train": "gpu-train.json", "ddp": "ddp.json", "decode": "decode.json"}.items():
+    if name in asked:
+        report.pop(name, None)
+        if name not in failed and (out / file).is_file():
+            report[name] = json.loads((out / file).read_text())
 (out / "ddp.json").unlink(missing_ok=True)
-(out / "gpu.json").write_text(json.dumps({**found, "processes": ranks, "failed": failed}, indent=2) + "\n")
-print((out / "gpu-train.md").read_text() if (out / "gpu-train.md").is_file() else "no training results")
+(out / "gpu.json").write_text(json.dumps(report | {"processes": ranks, "failed": failed}, indent=2) + "\n")
+if "train" in report:
+    print((out / "gpu-train.md").read_text())
 print("failed:", ", ".join(failed) or "nothing")
 sys.exit(bool(set(failed) - {"peers"}))
 END

@@ -41,14 +41,14 @@ The bundles against PyTorch, all computed on the CPU (each bundle's parity.json 
 def models() -> str:
     """A line for each trained model, from the rows of docs/results.md."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in Path("reports/results").glob("*.json")]
-    head = "corpus, config, parameters, bits/byte, sliding, floor, word PPL (sliding), token PPL, vocab, training"
-    lines = [head.split(", "), ["---"] * 10]
+    head = "corpus, config, parameters, bits/byte, sliding, floor, word PPL (sliding), token PPL, vocab, trained, on"
+    lines = [head.split(", "), ["---"] * 11]
     for row in sorted(rows, key=lambda row: (row["dataset"], row["config"], row["bits_per_byte"])):
         time = f", {row['seconds'] / 60:.0f} min" if row["seconds"] else ""
         lines.append(
             [
                 f"{row['dataset']}, {row['split']}",
-                f"{Path(row['config']).stem.replace('params', 'the default')}, seed {row['seed']}",
+                f"{row['config'].removeprefix('configs/')}, seed {row['seed']}",
                 f"{row['parameters'] / 1e6:.1f}M",
                 f"{row['bits_per_byte']:.4f}",
                 f"{row['sliding_bits_per_byte']:.4f}",
@@ -56,6 +56,7 @@ def models() -> str:
                 *(f"{row[n]:.{1 if row[n] >= 10 else 2}f}" for n in ("sliding_word_perplexity", "perplexity")),
                 f"{row['vocab_size']:,}",
                 f"{row['tokens_seen'] / 1e6:.1f}M tokens{time}",
+                row["hardware"] or "-",
             ]
         )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

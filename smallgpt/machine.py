@@ -2,10 +2,12 @@
 
 import platform
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from smallgpt.cli import DeviceError, processors
+
+if TYPE_CHECKING:  # only `pick_device` needs PyTorch
+    import torch
 
 
 def describe_machine() -> str:
@@ -17,8 +19,10 @@ def describe_machine() -> str:
     return f"{processors()} cores of {name}"
 
 
-def pick_device(name: str, setting: str = "training.device") -> torch.device:
+def pick_device(name: str, setting: str = "training.device") -> "torch.device":
     """`auto` is CUDA where PyTorch has it; `cuda` without it raises DeviceError, which names the setting."""
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"{setting} is cuda, but PyTorch sees no CUDA device; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,5 +1,7 @@
 import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ def test_the_description_names_the_processor_and_nobody() -> None:
     assert int(text.split(" cores of ")[0]) <= (os.cpu_count() or 1)
     assert len(text.split(" cores of ")[1]) > 2
     assert platform.node() not in text
+
+
+def test_the_benchmarks_of_decoding_import_it_without_torch() -> None:
+    program = "import sys; sys.modules['torch'] = None; from smallgpt.machine import describe_machine as d; print(d())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == describe_machine() + "\n", done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")

@@ -22,7 +22,7 @@ STAGES = ("prepare", "tokenize", "train", "evaluate", "export")
 NO_DEPS = {
     "tracking.py",  # a mirror of the run
     "cli.py",  # exit codes
-    "machine.py",  # the name of the processor, for files outside DVC
+    "machine.py",  # names the hardware for files outside DVC, and finds the one that a setting asks for
     "__init__.py",  # lazy names
 }
 NO_DEPS_OF = {
