@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from smallgpt.jobs import Event, Logprob, Part, Scores
 from smallgpt.openapi import FIELDS, MAX_LOGPROBS
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
-from smallgpt.scheduler import Event, Logprob, Part, Scores
 from smallgpt.tokenizer import CONTROL_PIECES, Tokenizer
 
 MAX_BIASES = 1024

@@ -10,23 +10,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterator
 
-import numpy as np
-
-from smallgpt.beams import beam_search
-from smallgpt.generation import Batch, Finish, logprobs_of
+from smallgpt.generation import Batch
+from smallgpt.jobs import JOBS, End, Event, Kind, Part, Request
 from smallgpt.metrics import Metrics
 from smallgpt.runtime import OrtGPT
-from smallgpt.sampling import GenerationConfig
 
 log = logging.getLogger(__name__)
-
-Logprob = tuple[float, tuple[tuple[int, float], ...]]  # of a token, and the most likely tokens with theirs
-Kind = Literal["batch", "beams", "score", "probe"]
-SCORED_AT_ONCE = 64  # tokens; what the batch waits for
 
 
 class QueueFullError(RuntimeError):
@@ -35,69 +26,6 @@ class QueueFullError(RuntimeError):
 
 class DrainingError(RuntimeError):
     """No new request is taken: the server is about to stop."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a step gave to one choice: text that became certain, drawn tokens, and at the end why it ended."""
-
-    choice: int
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    logprob: Logprob | None = None  # of the only token
-    finish: Finish | None = None
-    score: float | None = None  # of a beam
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The log-probability of every id of a prompt but the first."""
-
-    prompt: int
-    logprobs: list[Logprob]
-
-
-@dataclass(frozen=True)
-class End:
-    """The last event of a request; with an `error` if it failed, by the caller's settings or not."""
-
-    error: Exception | None = None
-
-
-Event = Part | Scores | End
-
-
-@dataclass(eq=False)
-class Request:
-    """Prompts (ids) to be continued `n` times each; choice p * n + j is sequence j of prompt p.
-
-    `deliver` is called in the scheduler's thread: with the events of each step if `live`, else once with all of them.
-    The prompts must fit into the context; with config.max_new_tokens 0 they may be one token longer.
-    """
-
-    prompts: list[list[int]]
-    config: GenerationConfig
-    deliver: Callable[[list[Event]], None]
-    n: int = 1
-    logprobs: int | None = None
-    score: bool = False  # give the log-probabilities of the prompts first
-    live: bool = False
-    probe: bool = False  # only run a token; never refused
-    submitted: float = field(default_factory=time.perf_counter)
-    events: list[Event] = field(default_factory=list)  # not delivered yet
-    open: set[int] = field(default_factory=set)  # choices for the batch that have not ended
-    rest: deque[int] = field(default_factory=deque)  # those that wait for a row
-    joined: float = 0.0  # when the first of them could have had one; config.max_time counts from here
-    started: bool = False
-
-    @property
-    def kind(self) -> Kind:
-        """Where its work begins."""
-        if self.probe:
-            return "probe"
-        if self.score or not self.config.max_new_tokens:
-            return "score"
-        return "beams" if self.config.num_beams > 1 else "batch"
 
 
 class Scheduler:
@@ -109,7 +37,7 @@ class Scheduler:
     def __init__(self, model: OrtGPT, *, rows: int = 16, queue: int = 256) -> None:
         self.model, self.rows, self.queue = model, rows, queue
         self.metrics = Metrics()
-        self._forks = {kind: model.fork() for kind in ("beams", "score", "probe")}
+        self._forks = {kind: model.fork() for kind in JOBS}
         self._condition = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._cancelled: list[Request] = []
@@ -176,13 +104,17 @@ class Scheduler:
         while self._take():
             for kind, (request, job) in list(self._jobs.items()):
                 try:
-                    request.events += next(job)
+                    events = next(job)
                 except StopIteration:
                     del self._jobs[kind]
                     self._after(kind, request)
                 except Exception as error:
                     del self._jobs[kind]
                     self._end(request, error)
+                else:
+                    request.events += events
+                    if kind == "beams":
+                        self._count(request, sum(len(event.tokens) for event in events if isinstance(event, Part)))
             if self._batch.busy:
                 self._step()
             for request in [request for request in self._running if request.live and request.events]:
@@ -211,8 +143,7 @@ class Scheduler:
         if request.kind == "batch":
             self._join(request)
         else:
-            work = {"beams": self._search, "score": self._score, "probe": self._probe}[request.kind]
-            self._jobs[request.kind] = (request, work(request))
+            self._jobs[request.kind] = (request, JOBS[request.kind](self._forks[request.kind], request))
 
     def _join(self, request: Request) -> None:
         """Let the choices of a request wait for rows."""
@@ -299,48 +230,6 @@ class Scheduler:
         if not request.started:
             request.started = True
             self.metrics.first_token.add(time.perf_counter() - request.submitted)
-
-    def _search(self, request: Request) -> Iterator[list[Event]]:
-        """Beam search for one prompt after the other; what all beams share is the beginning of every choice."""
-        begun = time.perf_counter()
-        for p, prompt in enumerate(request.prompts):
-            sent, config = 0, request.config
-            if config.max_time:  # of all prompts together
-                config = replace(config, max_time=max(1e-9, config.max_time - (time.perf_counter() - begun)))
-            for step in beam_search(self._forks["beams"], prompt, config):
-                choices = range(p * request.n, (p + 1) * request.n)
-                self._count(request, sum(len(found.ids) for found in step.done))
-                if not step.done:
-                    sent += len(step.text)
-                    yield [Part(choice, step.text) for choice in choices if step.text]
-                    continue
-                yield [
-                    Part(choice, found.text[sent:], found.ids, None, found.finish, found.score)
-                    for choice, found in zip(choices, step.done, strict=False)
-                ]
-
-    def _score(self, request: Request) -> Iterator[list[Event]]:
-        """The log-probabilities of every prompt, some tokens at a time."""
-        model = self._forks["score"]
-        for p, ids in enumerate(request.prompts if request.score else []):
-            model.reserve(1)
-            logprobs: list[Logprob] = []
-            # Pieces of nearly one size: quantised kernels compute a single token in another way than several.
-            pieces = -(-(len(ids) - 1) // SCORED_AT_ONCE)
-            for part in np.array_split(np.arange(len(ids) - 1), pieces) if pieces else []:
-                logits = model.extend(0, [ids[i] for i in part])
-                logprobs += [
-                    logprobs_of(logits[i], ids[at + 1], request.logprobs or 0) for i, at in enumerate(part.tolist())
-                ]
-                yield []
-            yield [Scores(p, logprobs)]
-
-    def _probe(self, request: Request) -> Iterator[list[Event]]:
-        """Run one token."""
-        logits = self._forks["probe"].logits([self.model.tokenizer.eos_id])
-        if not np.isfinite(logits).all():
-            raise ValueError("the model returned logits that are not finite")
-        yield []
 
     def _cancel(self, request: Request) -> None:
         if request in self._waiting:

@@ -34,11 +34,12 @@ from smallgpt.completions import (
     read_text,
     token_name,
 )
+from smallgpt.jobs import Request
 from smallgpt.openapi import openapi
 from smallgpt.options import session_option
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
-from smallgpt.scheduler import Request, Scheduler
+from smallgpt.scheduler import Scheduler
 from smallgpt.tokenizer import CONTROL_PIECES
 from smallgpt.web import Events, HostCheck, chunks, error_response, json_response, read_body
 

@@ -14,7 +14,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from smallgpt.completions import Reply, RequestError, to_json
-from smallgpt.scheduler import DrainingError, End, Event, QueueFullError, Request, Scheduler
+from smallgpt.jobs import End, Event, Request
+from smallgpt.scheduler import DrainingError, QueueFullError, Scheduler
 
 BODY_TIME = 30  # seconds for a request's body to arrive
 

@@ -10,9 +10,10 @@ import tiny
 
 from smallgpt.beams import beam_search
 from smallgpt.generation import generate
+from smallgpt.jobs import End, Event, Part, Request, Scores
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
-from smallgpt.scheduler import DrainingError, End, Event, Part, QueueFullError, Request, Scheduler, Scores
+from smallgpt.scheduler import DrainingError, QueueFullError, Scheduler
 
 ENDLESS = GenerationConfig(max_new_tokens=2000, ignore_eos=True)
 
