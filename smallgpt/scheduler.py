@@ -52,13 +52,14 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Number of requests that wait."""
-        return len(self._waiting)
+        """Number of requests that wait, probes aside."""
+        with self._condition:
+            return sum(not request.probe for request in self._waiting)
 
     @property
     def running(self) -> int:
-        """Number of requests in work."""
-        return len(self._running)
+        """Number of requests in work, probes aside."""
+        return sum(not request.probe for request in tuple(self._running))
 
     @property
     def idle(self) -> bool:
@@ -73,7 +74,7 @@ class Scheduler:
                 raise DrainingError("the server is stopping")
             if request.probe:
                 self._waiting.appendleft(request)
-            elif len(self._waiting) >= self.queue:
+            elif self.waiting >= self.queue:
                 self.metrics.counts["requests_refused"] += 1
                 raise QueueFullError(f"{self.queue} requests are waiting already")
             else:

@@ -230,6 +230,25 @@ def test_limits_of_the_queue_and_the_end(model: OrtGPT) -> None:
     assert (counts["requests_refused"], counts["requests_failed"]) == (1, 2)
 
 
+def test_probes_take_no_place_in_the_queue(model: OrtGPT) -> None:
+    scheduler = Scheduler(model.fork(), rows=1, queue=1)
+    held, release = threading.Event(), threading.Event()
+
+    def hold(events: list[Event]) -> None:
+        held.set()
+        release.wait(60)
+
+    scheduler.submit(Request([[3]], GenerationConfig(max_new_tokens=1), hold))
+    assert held.wait(60)
+    probes = [Asked(scheduler, [], GenerationConfig(), probe=True) for _ in range(3)]
+    request = Asked(scheduler, [[3]], GenerationConfig(max_new_tokens=1))
+    assert (scheduler.waiting, scheduler.running) == (1, 0)
+    release.set()
+    for one in (*probes, request):
+        one.all()
+    scheduler.close()
+
+
 def test_metrics_are_prometheus_text(scheduler: Scheduler) -> None:
     Asked(scheduler, [[3, 9, 9]], GenerationConfig(max_new_tokens=4, ignore_eos=True)).all()
     lines = scheduler.metrics.render(rows=3).splitlines()
