@@ -12,7 +12,7 @@ export DO_NOT_TRACK := true
 keeping = rm -rf .smallgpt/reports && mkdir -p .smallgpt reports && cp -a reports .smallgpt && \
 	{ $(1) || { code=$$?; dvc checkout --quiet --force || true; cp -an .smallgpt/reports/. reports; exit $$code; }; }
 
-.PHONY: help repro test test-fast lint format ui export data bench-train clean
+.PHONY: help repro test test-fast lint format ui export data bench bench-train clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
