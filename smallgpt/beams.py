@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from smallgpt.generation import Decoder, Finish, check_prompt, new_tokens
-from smallgpt.sampling import GenerationConfig, log_softmax, penalize
+from smallgpt.sampling import GenerationConfig, check_finite, log_softmax, penalize
 from smallgpt.tokenizer import TextStream
 
 
@@ -50,7 +50,8 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
     Beams do not draw: temperature, top_k, top_p, min_p and the seed do not act. Each step's text is the part that
     running beams and finished hypotheses share, so it is never taken back. Results are at most
     config.num_return_sequences. The model's rows are taken over. Raises ValueError for an empty prompt, one that does
-    not fit into the context, ids outside the vocabulary, and when the settings forbid every token.
+    not fit into the context, ids outside the vocabulary, and when the settings forbid every token, FloatingPointError
+    for logits that are not finite.
     """
     check_prompt(model, prompt)
     config.check_ids(model.tokenizer.vocab_size)
@@ -73,6 +74,7 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
     for length in range(1, limit + 1):
         last: Finish | None = "length" if length == limit else "time" if time.perf_counter() > deadline else None
         candidates = []
+        check_finite(logits)
         for beam in running:
             scores = penalize(
                 log_softmax(logits[beam.row]),
@@ -92,6 +94,8 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
         best = best[np.lexsort((best, -pool[best]))]
         going: list[_Beam] = []
         for rank, index in enumerate(best.tolist()):
+            if rank >= beams and len(going) == beams:
+                break
             parent, token = running[index // logits.shape[-1]], index % logits.shape[-1]
             beam = _Beam((*parent.ids, token), float(pool[index]), parent.row)
             finish = _finish(beam.ids, config, ends, tokenizer.stream(config.stop)) or last
@@ -100,7 +104,6 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
             elif rank < beams:  # lower ones are only there to replace those that end
                 finished.append((beam.logprob / length**config.length_penalty, replace(beam, finish=finish)))
         finished = sorted(finished, key=lambda item: -item[0])[:beams]
-        going = going[:beams]
         if not going or _settled(going, finished, config, length, limit):
             break
         prefix = _shared([beam.ids for beam in going] + [beam.ids for _, beam in finished])

@@ -45,7 +45,7 @@ class Piece:
     finish: Finish | None = None
     logprob: float | None = None  # of the token, by the model itself, before penalties and temperature
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log-probabilities
-    error: ValueError | None = None  # why nothing could be drawn, in a tolerant batch
+    error: Exception | None = None  # why nothing could be drawn, in a tolerant batch
 
 
 @dataclass
@@ -61,7 +61,7 @@ class _Row:
     banned: list[int]
     ends: list[int]
     limit: int  # tokens it may still get at most, at its start
-    started: float  # time.perf_counter, for config.max_time
+    started: float | None  # time.perf_counter, for config.max_time
     position: int = 0  # tokens drawn so far
 
 
@@ -131,8 +131,8 @@ class Batch:
             stands before (prompt lookup), and check them in one run. The text stays what it would have been; on a
             quantised graph, up to the last digits of several tokens that are computed together.
         slide: at the end of the context, read its last half again and go on.
-        tolerant: a sequence whose settings leave no token to draw is interrupted, with the error in its piece; else
-            `step` raises, and the batch cannot go on.
+        tolerant: a sequence for which no token can be drawn is interrupted, with the error in its piece; else `step`
+            raises, and the batch cannot go on.
     """
 
     def __init__(
@@ -173,8 +173,8 @@ class Batch:
         """Let a sequence wait for a row: a `key` no other has, `prompt` ids, `number` for its random numbers.
 
         `logprobs` asks for the token's log-probability and those of so many most likely tokens. config.max_time
-        counts from here, or from `started` (time.perf_counter). config.num_beams and num_return_sequences do not act
-        here.
+        counts from where it gets a row, or from `started` (time.perf_counter). config.num_beams and
+        num_return_sequences do not act here.
         """
         check_prompt(self.model, prompt)
         config.check_ids(self.model.tokenizer.vocab_size)
@@ -185,7 +185,6 @@ class Batch:
         ends = [tokenizer.eos_id, *config.stop_token_ids]
         limit = new_tokens(config, prompt, tokenizer)
         stream = tokenizer.stream(config.stop)
-        started = time.perf_counter() if started is None else started
         row = _Row(key, list(prompt), config, number, logprobs, stream, banned, ends, limit, started)
         (self._waiting if limit else self._empty).append(row)
 
@@ -230,6 +229,7 @@ class Batch:
         padded = np.zeros((len(lengths), lengths.max()), np.int64)
         for ids, row in zip(padded, rows, strict=False):
             ids[: len(row.ids)] = row.ids
+            row.started = time.perf_counter() if row.started is None else row.started
         logits = self.model.fill(len(self._running), padded, lengths)
         self._running += rows
         return [self._draw(row, logits[i]) for i, row in enumerate(rows)]
@@ -283,7 +283,7 @@ class Batch:
                 banned=row.banned,
                 ends=row.ends,
             )
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             if not self.tolerant:
                 raise
             return Piece(row.key, None, row.stream.finish(), "interrupted", error=error)
@@ -301,7 +301,7 @@ class Batch:
                 finish = "stop"
             elif row.position >= row.limit or (len(row.ids) > self.capacity and not self.slide):
                 finish = "length"
-            elif config.max_time and time.perf_counter() - row.started > config.max_time:
+            elif config.max_time and time.perf_counter() - (row.started or 0.0) > config.max_time:
                 finish = "time"
         logprob: float | None = None
         top: tuple[tuple[int, float], ...] = ()

@@ -14,7 +14,7 @@ import numpy as np
 from smallgpt.beams import beam_search
 from smallgpt.generation import Finish, logprobs_of
 from smallgpt.runtime import OrtGPT
-from smallgpt.sampling import GenerationConfig
+from smallgpt.sampling import GenerationConfig, check_finite
 
 Logprob = tuple[float, tuple[tuple[int, float], ...]]  # of a token, and the most likely tokens with theirs
 Kind = Literal["batch", "beams", "score", "probe"]
@@ -112,6 +112,7 @@ def score(model: OrtGPT, request: Request) -> Iterator[list[Event]]:
         pieces = -(-(len(ids) - 1) // SCORED_AT_ONCE)
         for part in np.array_split(np.arange(len(ids) - 1), pieces) if pieces else []:
             logits = model.extend(0, [ids[i] for i in part])
+            check_finite(logits)
             logprobs += [
                 logprobs_of(logits[i], ids[at + 1], request.logprobs or 0) for i, at in enumerate(part.tolist())
             ]
@@ -120,10 +121,8 @@ def score(model: OrtGPT, request: Request) -> Iterator[list[Event]]:
 
 
 def probe(model: OrtGPT, request: Request) -> Iterator[list[Event]]:
-    """Run one token. Raises ValueError when its logits are not finite."""
-    logits = model.logits([model.tokenizer.eos_id])
-    if not np.isfinite(logits).all():
-        raise ValueError("the model returned logits that are not finite")
+    """Run one token. Raises FloatingPointError when its logits are not finite."""
+    check_finite(model.logits([model.tokenizer.eos_id]))
     yield []
 
 

@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[type, float, float]] = {
     "repeat_last_n": (int, -1, _LARGEST),
     "no_repeat_ngram_size": (int, 0, _LARGEST),
     "num_beams": (int, 1, 256),
-    "length_penalty": (float, -100, 100),
+    "length_penalty": (float, -10, 10),
     "num_return_sequences": (int, 1, 1024),
     "max_new_tokens": (int, 0, _LARGEST),
     "min_new_tokens": (int, 0, _LARGEST),
@@ -253,10 +253,16 @@ def penalize(
     return logits
 
 
+def check_finite(logits: np.ndarray) -> None:
+    """Raise FloatingPointError for logits that are not finite, which is the model's fault and no setting's."""
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the model returned logits that are not finite")
+
+
 def candidates(logits: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
     """What temperature, top-k, top-p and min-p leave of logits (V,): ascending ids (n,) and their logits (n,)."""
     ids = top_k_ids(logits, config.top_k or logits.size)
-    left = logits[ids].astype(np.float64) / config.temperature
+    left = logits[ids].astype(np.float64) / max(config.temperature, 1e-290)  # below that it would overflow
     if config.top_p < 1:
         kept = keep_top_p(left, config.top_p)
         ids, left = ids[kept], left[kept]
@@ -278,11 +284,10 @@ def sample(
 ) -> int:
     """Draw the next token id from the logits of one sequence, (V,); see `penalize` for the arguments.
 
-    Ties of the greedy choice go to the smallest id. Raises ValueError for logits that are not finite, and when no
-    token is left to draw.
+    Ties of the greedy choice go to the smallest id. Raises FloatingPointError for logits that are not finite, and
+    ValueError when no token is left to draw.
     """
-    if not np.isfinite(logits).all():
-        raise ValueError("the model returned logits that are not finite")
+    check_finite(logits)
     logits = penalize(logits, config, previous, position=position, banned=banned, ends=ends)
     best = int(logits.argmax())
     if logits[best] == -np.inf:

@@ -111,7 +111,7 @@ class Scheduler:
                     self._after(kind, request)
                 except Exception as error:
                     del self._jobs[kind]
-                    self._end(request, error)
+                    self._fail(request, error)
                 else:
                     request.events += events
                     if kind == "beams":
@@ -215,7 +215,7 @@ class Scheduler:
             if request not in self._running:  # another choice of it has failed
                 continue
             if piece.error:
-                self._end(request, piece.error)
+                self._fail(request, piece.error)
                 continue
             tokens = () if piece.token is None else (piece.token,)
             logprob = None if piece.logprob is None else (piece.logprob, piece.top)
@@ -242,6 +242,11 @@ class Scheduler:
                 del self._jobs[kind]
         request.events.clear()
         self._end(request, outcome="cancelled")
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not isinstance(error, ValueError):  # not by what the caller asked for
+            log.error("a request failed", exc_info=error)
+        self._end(request, error)
 
     def _end(self, request: Request, error: Exception | None = None, outcome: str = "finished") -> None:
         for choice in request.open:

@@ -278,6 +278,13 @@ def test_wrong_requests(models: dict[str, SmallGPT]) -> None:
         search(decoder, [3], num_beams=2, stop_token_ids=(320,))
 
 
+def test_broken_logits_are_not_taken_for_forbidden_tokens(models: dict[str, SmallGPT]) -> None:
+    decoder = TorchDecoder(models["llama"])
+    decoder.step = lambda tokens: np.full((len(tokens), 320), np.nan)  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="logits that are not finite"):
+        list(beam_search(decoder, [3, 9], GenerationConfig(num_beams=2, max_new_tokens=3, ignore_eos=True)))
+
+
 def test_settings_of_sampling_do_not_act(served: dict[str, Any]) -> None:
     _, runtime = served["gpt2"]
     settings = {"num_beams": 3, "max_new_tokens": 10}

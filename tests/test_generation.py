@@ -1,5 +1,6 @@
 """The decoding engine on both models: who joins, leaves, stops or slides never changes what the others say."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,6 +212,41 @@ def test_max_length_counts_the_prompt(parrot: TorchDecoder) -> None:
 def test_max_time(model: Any) -> None:
     found = alone(model, [3], GenerationConfig(**FREE, max_time=1e-9, ignore_eos=True))
     assert (len(found), found[0].finish) == (1, "time")
+
+
+def test_the_time_of_a_sequence_counts_from_its_row(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("smallgpt.generation.time.perf_counter", lambda: float(next(ticks)))
+    config = GenerationConfig(**FREE, max_time=4, ignore_eos=True)
+    batch = Batch(model, 1)
+    for key in ("first", "second"):
+        batch.add(key, [3], config)
+    batch.add("late", [3], config, started=0.0)
+    found = drain(batch)
+    assert {key: pieces[-1].finish for key, pieces in found.items()} == dict.fromkeys(found, "time")
+    assert len(found["first"]) == len(found["second"]) == 5
+    assert len(found["late"]) == 1
+
+
+def test_broken_logits_end_the_one_sequence_that_has_them(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(model, 2, tolerant=True)
+    for key in ("whole", "broken"):
+        batch.add(key, [3], GenerationConfig(**FREE, max_new_tokens=4, ignore_eos=True))
+    pieces = batch.step()
+    step = model.step
+
+    def broken(tokens: np.ndarray) -> np.ndarray:
+        logits = step(tokens).copy()
+        logits[1] = np.nan
+        return logits
+
+    monkeypatch.setattr(model, "step", broken)
+    _, piece = batch.step()
+    assert (piece.sequence, piece.token, piece.finish) == ("broken", None, "interrupted")
+    assert isinstance(piece.error, FloatingPointError)
+    monkeypatch.undo()
+    assert len(pieces) == 2
+    assert [key for key, rest in drain(batch).items() if rest[-1].finish == "length"] == ["whole"]
 
 
 def test_nothing_may_follow(model: Any) -> None:

@@ -416,11 +416,18 @@ def test_a_sample_depends_on_seed_sequence_and_position_alone() -> None:
     assert len(set(first)) > 10
 
 
+@pytest.mark.parametrize("more", [{}, {"top_p": 1.0}, {"min_p": 0.1}, {"logit_bias": {0: 1e6}}])
+def test_the_smallest_temperature_is_greedy(more: dict[str, Any]) -> None:
+    config = GenerationConfig(temperature=5e-324, **more)
+    logits = np.array([-60.0, 1.0, 70.0, 69.9])
+    assert sample(logits, config, position=0) == (0 if "logit_bias" in more else 2)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), INF, -INF])
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
     config = GenerationConfig(temperature=temperature)
-    with pytest.raises(ValueError, match="the model returned logits that are not finite"):
+    with pytest.raises(FloatingPointError, match="the model returned logits that are not finite"):
         sample(np.array([0.0, bad, 1.0]), config, position=0)
 
 
