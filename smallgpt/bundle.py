@@ -6,9 +6,9 @@ outputs, where everything came from, and the sha256 of every other file.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from smallgpt.cli import MismatchError
 from smallgpt.files import sha256_file, write_json
@@ -18,6 +18,7 @@ CONTRACT = 1
 CONFIG, MODEL, TOKENIZER = "config.json", "model.onnx", "tokenizer.model"
 GENERATION, CERTIFICATE = "generation_config.json", "parity.json"
 FILES = (MODEL, TOKENIZER, GENERATION, CERTIFICATE)
+SHAPE = ("vocab_size", "max_seq_len", "num_layers", "num_heads", "num_kv_heads", "head_dim")  # of config.json's model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Bundle:
 
     folder: Path
     config: BundleConfig
+    generation: GenerationConfig  # the defaults it was exported with
 
     @property
     def graph(self) -> Path:
@@ -50,10 +52,6 @@ class Bundle:
     def tokenizer(self) -> Path:
         """The SentencePiece model."""
         return self.folder / TOKENIZER
-
-    def generation(self) -> GenerationConfig:
-        """The defaults the bundle was exported with."""
-        return GenerationConfig.from_dict(_read_json(self.folder / GENERATION))
 
     def certificate(self) -> dict[str, Any]:
         """What the export measured against PyTorch."""
@@ -89,7 +87,8 @@ def load_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
     if not isinstance(hashes, dict):
         raise MismatchError(f"{folder / CONFIG} is damaged: files is no object of hashes; export the bundle again")
     try:
-        bundle = Bundle(folder, BundleConfig(**values))
+        config = BundleConfig(**values)
+        _check_types(config)
     except TypeError as error:
         message = str(error).removeprefix("BundleConfig.__init__() ")
         raise MismatchError(f"{folder / CONFIG} is damaged: {message}; export the bundle again") from None
@@ -101,7 +100,18 @@ def load_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
             raise MismatchError(
                 f"{path} does not have the sha256 in {CONFIG}: it was changed or cut short; copy it again"
             )
-    return bundle
+    return Bundle(folder, config, GenerationConfig.from_dict(_read_json(folder / GENERATION)))
+
+
+def _check_types(config: BundleConfig) -> None:
+    """Raise TypeError where config.json, which has no hash, was edited into what no export writes."""
+    for field in fields(config):
+        kind: Any = get_origin(field.type) or field.type
+        if not isinstance(getattr(config, field.name), kind):
+            raise TypeError(f"{field.name} is no {kind.__name__}")
+    for key in SHAPE:
+        if type(config.model.get(key)) is not int or config.model[key] < 1:
+            raise TypeError(f"model.{key} is no positive number")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def read_completion(values: dict[str, Any], model: OrtGPT, limits: Limits, name:
             close = difflib.get_close_matches(key, FIELDS, n=1)
             raise RequestError(f"unknown parameter {key}" + (f"; did you mean {close[0]}?" if close else ""), param=key)
     check_model(values, name)
-    defaults = model.bundle.generation()
+    defaults = model.bundle.generation
     n = _whole(values, "n", 1, 1, limits.n)
     tokens = _whole(values, "max_tokens", min(defaults.max_new_tokens, limits.tokens), 0, limits.tokens)
     logprobs = _whole(values, "logprobs", -1, 0, MAX_LOGPROBS)
@@ -122,6 +122,10 @@ def read_completion(values: dict[str, Any], model: OrtGPT, limits: Limits, name:
         word = str(error).split()[0]
         raise RequestError(str(error), param=word if word in FIELDS else None) from None
     _check(config, model, limits)
+    prompts = _prompts(values.get("prompt", ""), model, limits, model.max_seq_len + (tokens == 0))
+    if _flag(values, "echo") and logprobs >= 0 and len(prompts) * n > limits.prompts:
+        message = f"echo with logprobs gives at most {limits.prompts} choices (--max-prompts), not {len(prompts) * n}"
+        raise RequestError(message, param="n")
     if config.num_beams > 1:
         if n > config.num_beams:
             raise RequestError(f"n is {n}; {config.num_beams} beams give no more than that", param="n")
@@ -129,7 +133,7 @@ def read_completion(values: dict[str, Any], model: OrtGPT, limits: Limits, name:
             raise RequestError("beam search has no logprobs; the choices have a score", param="logprobs")
         config = dataclasses.replace(config, num_return_sequences=n)
     return Completion(
-        prompts=_prompts(values.get("prompt", ""), model, limits, model.max_seq_len + (tokens == 0)),
+        prompts=prompts,
         config=dataclasses.replace(config, max_time=config.max_time or limits.time),
         n=n,
         stream=_flag(values, "stream"),

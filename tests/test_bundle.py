@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from smallgpt.bundle import FILES, BundleConfig, load_bundle, write_config
+from smallgpt.bundle import FILES, SHAPE, BundleConfig, load_bundle, write_config
 from smallgpt.cli import MismatchError
 from smallgpt.files import sha256_file, write_json
 
@@ -11,7 +11,7 @@ CONFIG = BundleConfig(
     variant="fp32",
     devices=["cpu"],
     dtype="float32",
-    model={"max_seq_len": 8},
+    model=dict.fromkeys(SHAPE, 8),
     ids={"eos": 3},
     inputs=["input_ids"],
     outputs=["logits"],
@@ -38,8 +38,11 @@ def test_a_bundle_reads_back_as_written(folder: Path) -> None:
     assert bundle.config == CONFIG
     assert bundle.graph.read_bytes() == b"graph"
     assert bundle.tokenizer.read_bytes() == b"pieces"
-    assert (bundle.generation().temperature, bundle.generation().stop) == (0.5, ("\n",))
+    assert (bundle.generation.temperature, bundle.generation.stop) == (0.5, ("\n",))
     assert bundle.certificate() == {"limits": {}}
+    (folder / "generation_config.json").unlink()  # a server does not read it again
+    assert bundle.generation.temperature == 0.5
+    write_json(folder / "generation_config.json", {"temperature": 0.5, "stop": ["\n"]})
     written = json.loads((folder / "config.json").read_text())
     assert written["contract"] == 1
     assert written["files"] == {name: sha256_file(folder / name) for name in FILES}
@@ -89,6 +92,14 @@ def test_damaged_settings_are_refused(folder: Path) -> None:
     edit(folder, files={}, extra=1)
     with pytest.raises(MismatchError, match="unexpected keyword argument 'extra'"):
         load_bundle(folder)
+    write_config(folder, CONFIG)
+    edit(folder, devices="cpu", model={})
+    with pytest.raises(MismatchError, match="damaged: devices is no list; export"):
+        load_bundle(folder)
+    for width in (None, "8", 0, True):
+        edit(folder, devices=["cpu"], model=CONFIG.model | {"head_dim": width})
+        with pytest.raises(MismatchError, match=r"damaged: model\.head_dim is no positive number; export"):
+            load_bundle(folder)
     write_json(folder / "config.json", {"contract": 1, "variant": "fp32"})
     with pytest.raises(MismatchError, match="missing 7 required keyword-only arguments"):
         load_bundle(folder)

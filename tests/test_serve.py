@@ -137,7 +137,7 @@ def alone(model: OrtGPT, prompt: str | list[int], number: int = 0, **values: Any
     """Text and reason of a single run with the bundle's defaults, with the kernels that a batch is computed with."""
     even = model.bundle.config.variant != "fp32"
     ids = [model.tokenizer.eos_id, *model.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
-    config = GenerationConfig.from_dict({**model.bundle.generation().to_dict(), **values})
+    config = GenerationConfig.from_dict({**model.bundle.generation.to_dict(), **values})
     pieces = [step[0] for step in generate(model, [ids], config, sequences=[number], even=even)]
     return "".join(piece.text for piece in pieces), pieces[-1].finish
 
@@ -373,6 +373,11 @@ def test_health_metrics_and_description(server: Served) -> None:
         ({"n": 3, "num_beams": 2}, "2 beams give no more", "n"),
         ({"num_beams": 17}, "num_beams is 17; this server allows at most 16", "num_beams"),
         ({"num_beams": 2, "logprobs": 1}, "beam search has no logprobs", "logprobs"),
+        (
+            {"prompt": ["a"] * 5, "n": 13, "echo": True, "logprobs": 0},
+            "at most 64 choices (--max-prompts), not 65",
+            "n",
+        ),
         ({"logprobs": 21}, "logprobs is 21", "logprobs"),
         ({"logprobs": True}, "logprobs is True", "logprobs"),
         ({"best_of": 2}, "best_of is not supported", "best_of"),
