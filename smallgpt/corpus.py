@@ -22,7 +22,7 @@ import numpy.typing as npt
 from smallgpt.cli import run
 from smallgpt.config import PrepareConfig
 from smallgpt.download import download, verify
-from smallgpt.files import decode_utf8, line_of, replace_folder, sha256_bytes, write_atomic, write_json
+from smallgpt.files import decode_utf8, expand, line_of, replace_folder, sha256_bytes, write_atomic, write_json
 from smallgpt.stories import generate_stories
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def load_corpus(config: PrepareConfig) -> Corpus:
     Raises:
         ValueError, FileNotFoundError, OSError: as in `prepare`.
     """
-    source, path = config.source, Path(config.source).expanduser()
+    source, path = config.source, expand(config.source)
     nats: list[float] = []
     if source == "stories":
         stories = list(generate_stories(seed=config.seed, target_bytes=config.stories_bytes))
@@ -242,7 +242,7 @@ def overlap(train: list[str], split: list[str]) -> dict[str, float | None]:
     """Shares of the non-blank lines and of the 50-character windows (step 1) of `split` that also stand in `train`.
 
     Repeated lines and windows count as often as they occur; no window crosses documents. Windows are compared by
-    64-bit hashes. None where there is nothing to compare. Memory grows with `split`, not with `train`.
+    64-bit hashes. None where there is nothing to compare. Beside a copy of each text memory grows with `split` alone.
     """
     lines = [line for document in split for line in document.split("\n") if line.strip()]
     wanted = set(lines)
@@ -280,8 +280,8 @@ def _window_hashes(documents: list[str], chunk: int = 1 << 16) -> Iterator[npt.N
 def data_dir() -> Path:
     """Where downloads are kept: $SMALLGPT_DATA_DIR, else smallgpt/ in the user's cache."""
     if folder := os.environ.get("SMALLGPT_DATA_DIR"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smallgpt"
+        return expand(folder)
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "smallgpt"
 
 
 def _downloaded(source: str, folder: Path) -> Path:

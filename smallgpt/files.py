@@ -39,7 +39,13 @@ def line_of(data: bytes, offset: int) -> int:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
+    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part.
+
+    What is there and no regular file, as /dev/null or a pipe, is written to and stays what it is.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
@@ -62,6 +68,11 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()
+
+
+def expand(path: str) -> Path:
+    """A path whose leading `~` is a home folder; where it names nobody's, it stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises there)
 
 
 @contextmanager

@@ -33,13 +33,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         given, text = getattr(options, name), os.environ.get(ENVIRONMENT + name.upper())
         options.origin[name] = "command line" if given is not None else "environment" if text else "default"
         setattr(options, name, text or default if given is None else given)
-    if not re.fullmatch(r"\d+", options.threads):
+    if not re.fullmatch(r"\d{1,9}", options.threads):
         raise ValueError(f"--threads is {options.threads}; it must be a whole number of at least 0")
     options.threads = int(options.threads)
     if not re.fullmatch(cli.DEVICES, options.device):
         raise ValueError(f"--device is {options.device!r}; it must be auto, cpu, cuda or cuda:N")
     if options.logprobs is not None and not (options.json or options.jsonl):
         raise ValueError("--logprobs needs --json or --jsonl to be written to")
+    if options.interactive and (options.output or options.json or options.jsonl):
+        raise ValueError("--interactive writes to the terminal; leave --output, --json and --jsonl out, or use /save")
     if options.escape:
         options.prompt = options.prompt and unescape(options.prompt)
         options.stop = options.stop and [unescape(text) for text in options.stop]
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--warmup", action="store_true", help="run a token before the clock starts")
     add("--batch-size", type=_at_least(1), default=8, help="sequences that are decoded together (default: 8)")
-    add("--verify", action="store_true", help="first recompute the certificate's golden logits")
+    add("--verify", action="store_true", help="first, or without -p and the like only, recompute the golden logits")
     add("--list-devices", action="store_true", help="say what this machine can run on, and leave")
     add("--print-config", action="store_true", help="say every setting and where it came from, and leave")
     return parser
@@ -267,7 +269,7 @@ def json_fields(text: str, path: Path, name: str) -> list[str]:
         if line.strip():
             try:
                 value = json.loads(line)[name]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 value = None
             if not isinstance(value, str):
                 raise ValueError(f"{path}, line {number}: expected a JSON object with a text `{name}`")

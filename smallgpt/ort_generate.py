@@ -56,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.score:
         _deliver(json.dumps(score_file(model, options.score), indent=2) + "\n", options)
         return 0
-    config, origin = settings(options, model.bundle.generation())
+    config, origin = settings(options, model.bundle.generation)
     if options.interactive:
         from smallgpt.repl import Session
 
+        _check(options, Work(model, config, []))
         slide = options.context_overflow == "slide"
         return Session(model, config, slide=slide, speculate=options.speculate, escape=options.escape).run()
     if not prompts:
@@ -83,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_writable(path: Path) -> None:
     """Raise ValueError before any work is done for a file that cannot be written after it."""
+    device = path.exists() and not (path.is_file() or path.is_dir())  # as /dev/null, or a pipe
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path if device else path.parent, os.W_OK):
         raise ValueError(f"--output is {path}, which cannot be written; name another file")
 
 
@@ -309,7 +311,7 @@ def _described(model: OrtGPT) -> str:
 
 def _described_settings(options: argparse.Namespace) -> str:
     """A line for each setting, with its origin."""
-    config, origin = settings(options, load_bundle(options.bundle, verify=False).generation())
+    config, origin = settings(options, load_bundle(options.bundle, verify=False).generation)
     values = {"bundle": str(options.bundle), "device": options.device, "threads": options.threads}
     origins = options.origin | origin
     rows = (values | config.to_dict()).items()

@@ -5,11 +5,10 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from smallgpt.beams import beam_search
 from smallgpt.cli import interrupts
-from smallgpt.files import write_atomic
+from smallgpt.files import expand, write_atomic
 from smallgpt.generation import Batch
 from smallgpt.options import convert, unescape
 from smallgpt.runtime import OrtGPT
@@ -47,7 +46,7 @@ class Session:
             "help": lambda _: self.say(HELP.rstrip()),
             "set": self.set,
             "seed": lambda value: self.set(f"seed {value}"),
-            "regen": lambda _: self.regenerate(),
+            "regen": lambda _: self.go_on(self.before),
             "reset": lambda _: self.reset(),
             "save": self.save,
             "stats": lambda _: self.stats(),
@@ -64,27 +63,30 @@ class Session:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return 0
+            except UnicodeDecodeError as error:
+                self.say(f"error: {error}")
+                continue
             command, _, value = line[1:].partition(" ")
-            if not line.startswith("/"):
-                self.before = self.text = self.text + (unescape(line) if self.escape else line)
-                self.go_on()
-            elif command in ("exit", "quit"):
+            if command in ("exit", "quit") and line.startswith("/"):
                 return 0
-            elif command in self.commands:
-                try:
+            try:
+                if not line.startswith("/"):
+                    self.go_on(self.text + (unescape(line) if self.escape else line))
+                elif command in self.commands:
                     self.commands[command](value.strip())
-                except (ValueError, OSError) as error:
-                    self.say(f"error: {error}")
-            else:
-                self.say(f"unknown command /{command}; /help lists them")
+                else:
+                    self.say(f"unknown command /{command}; /help lists them")
+            except (ValueError, OSError) as error:
+                self.say(f"error: {error}")
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr)
 
-    def go_on(self) -> None:
-        """Continue the text and show the continuation; Ctrl-C ends it and keeps what is there."""
+    def go_on(self, text: str) -> None:
+        """Continue a text and show the continuation; Ctrl-C ends it and keeps what is there."""
         tokenizer, limit = self.model.tokenizer, self.model.max_seq_len
-        ids = [tokenizer.eos_id, *tokenizer.encode(self.text)]
+        ids = [tokenizer.eos_id, *tokenizer.encode(text)]
+        self.before = self.text = text
         if len(ids) > limit and not self.slide:
             self.say(f"error: the text has {len(ids)} tokens and the context {limit}; /reset begins an empty one")
             return
@@ -94,7 +96,7 @@ class Session:
             finish = self.search(ids) if self.config.num_beams > 1 else self.sample(ids)
         except KeyboardInterrupt:
             pass
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             self.say(f"error: {error}")
         self.turn += 1
         self.seconds += time.perf_counter() - begun
@@ -140,10 +142,6 @@ class Session:
             self.turn = 0
         self.say(f"{name} = {getattr(self.config, name)}")
 
-    def regenerate(self) -> None:
-        self.text = self.before
-        self.go_on()
-
     def reset(self) -> None:
         self.text = self.before = ""
         self.turn = 0
@@ -152,7 +150,7 @@ class Session:
     def save(self, value: str) -> None:
         if not value:
             raise ValueError("/save needs the name of a file")
-        write_atomic(Path(value), self.text)
+        write_atomic(expand(value), self.text)
         self.say(f"{len(self.text.encode('utf-8'))} bytes in {value}")
 
     def stats(self) -> None:

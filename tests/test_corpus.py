@@ -299,6 +299,8 @@ def test_missing_source(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "prepare.source is shakespear: no such file or folder, and none of stories, shakespeare, wikitext2"
     )
+    with pytest.raises(FileNotFoundError, match=r"prepare\.source is ~nobody-has-this-name/x\.txt: no such file"):
+        run_prepare(tmp_path, "~nobody-has-this-name/x.txt")
 
 
 STAGE = """

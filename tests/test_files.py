@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from smallgpt.files import replace_folder, sha256_bytes, sha256_file, to_csv, write_atomic, write_json
+from smallgpt.files import expand, replace_folder, sha256_bytes, sha256_file, to_csv, write_atomic, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -38,6 +39,21 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
         with pytest.raises(UnicodeEncodeError):
             write_atomic(path, "\ud800")
         assert path.read_text() == '{\n  "loss": 1.5\n}\n'
+
+
+def test_what_is_no_regular_file_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pipe.open("rb+", buffering=0) as reader:
+        write_atomic(pipe, "a text")
+        assert reader.read(6) == b"a text"
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_home_that_is_nobodys_is_a_name() -> None:
+    assert expand("~nobody-has-this-name/x") == Path("~nobody-has-this-name/x")
+    assert expand("~/x") == Path.home() / "x"
 
 
 def test_json_keeps_text_readable_and_floats_exact(tmp_path: Path) -> None:

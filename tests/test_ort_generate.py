@@ -192,6 +192,8 @@ def test_a_foreign_graph_is_refused(damaged: Path, parrot: Path) -> None:
         (["-p", "x", "-o", "."], b"", "--output is ., which cannot be written"),
         (["-p", "x", "-m", "other"], b"", "the bundle is named twice"),
         (["-i"], b"", "--interactive needs a terminal"),
+        (["-i", "--json"], b"", "--interactive writes to the terminal; leave --output, --json and --jsonl out"),
+        (["-p", "x", "-t", "99999999999"], b"", "--threads is 99999999999; it must be a whole number"),
         (["--score", "nowhere.txt"], b"", "nowhere.txt"),
         (["--batch-file", os.devnull], b"", "/dev/null holds no prompt"),
         (["-f", "nowhere.txt"], b"", "nowhere.txt"),

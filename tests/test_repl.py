@@ -216,3 +216,7 @@ def test_line_ends_can_be_typed_as_escapes(terminal: type[Terminal], bundle: Pat
     session.answer(r"one\ntwo")
     session.answer(f"/save {tmp_path / 'text.txt'}")
     assert (tmp_path / "text.txt").read_bytes() == b"one\ntwo"
+    assert "error: " in session.answer(r"\ud800")  # no text in UTF-8, and nothing of it stays
+    session.answer(r"\tthree")
+    session.answer(f"/save {tmp_path / 'text.txt'}")
+    assert (tmp_path / "text.txt").read_bytes() == b"one\ntwo\tthree"
