@@ -92,7 +92,7 @@ def load_checkpoint(folder: str | Path, *, weights: str = "model.safetensors") -
     if tokenizer and values.get("tokenizer_sha256") not in (None, tokenizer.sha256):
         raise MismatchError(
             f"{folder / 'tokenizer.model'} is not the tokenizer the model was trained with "
-            f"(sha256 {tokenizer.sha256[:12]}, config.json says {values['tokenizer_sha256'][:12]})"
+            f"(sha256 {tokenizer.sha256[:12]}, config.json says {str(values['tokenizer_sha256'])[:12]})"
         )
     return Checkpoint(config, read_tensors(folder / weights), values, tokenizer)
 

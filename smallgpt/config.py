@@ -1,9 +1,9 @@
 """params.yaml as pydantic models: strict, typed, with an error that names the key, its value and the remedy."""
 
+import argparse
 import difflib
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,9 +28,10 @@ def _generation(values: Any) -> Any:
     """The generation section is a plain dataclass, shared with the serving install; it checks itself."""
     if not isinstance(values, dict):
         return values
-    return GenerationConfig.from_dict(
-        {k: _number(v) if isinstance(v, str) and k != "stop" else v for k, v in values.items()}
-    )
+    values = {key: _number(v) if isinstance(v, str) and key != "stop" else v for key, v in values.items()}
+    if isinstance(bias := values.get("logit_bias"), dict):
+        values["logit_bias"] = {token: _number(v) for token, v in bias.items()}
+    return GenerationConfig.from_dict(values)
 
 
 Real = Annotated[float, BeforeValidator(_number)]
@@ -146,6 +147,10 @@ class TrainingConfig(Section):
             raise ValueError(f"warmup_steps {self.warmup_steps} is larger than max_steps {self.max_steps}")
         return self
 
+    def shaping(self) -> dict[str, Any]:
+        """What of it shapes the weights."""
+        return self.model_dump(exclude={"resume", "checkpoint_interval", "device", "threads"})
+
 
 class EvaluationConfig(Section):
     """How the trained model is scored and sampled."""
@@ -205,6 +210,10 @@ class Config(Section):
                 f"evaluation.stride {self.evaluation.stride} is larger than "
                 f"model.max_seq_len {self.model.max_seq_len}: tokens between the windows would not be scored"
             )
+        try:
+            self.generation.check_ids(self.model.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"generation.{error}") from None
         return self
 
 
@@ -284,8 +293,11 @@ def _explain(fault: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m smallgpt.config [FILE]`: check a parameter file and say nothing when it is right."""
-    load_config(*(sys.argv[1:2] if arguments is None else arguments))
+    """`python -m smallgpt.config [FILE ...]`: check parameter files and say nothing when they are right."""
+    parser = argparse.ArgumentParser(prog="python -m smallgpt.config", description="Check parameter files.")
+    parser.add_argument("files", nargs="*", default=["params.yaml"], help="default: params.yaml")
+    for file in parser.parse_args(arguments).files:
+        load_config(file)
     return 0
 
 

@@ -79,12 +79,15 @@ class Ranks:
 def join_ranks(device: torch.device) -> Iterator[Ranks]:
     """Meet the other processes if torchrun started this one: gloo between CPUs, NCCL between GPUs.
 
-    Inside another such block the processes have met. Raises DeviceError when a process finds no GPU of its own.
+    Inside another such block the processes have met. Raises DeviceError when a process finds no GPU of its own,
+    and ValueError when WORLD_SIZE is set by something else than torchrun.
     """
     size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if size == 1:
         yield Ranks()
         return
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {size}, but this process has no LOCAL_RANK; start with torchrun, or unset it")
     local_rank = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local_size > torch.cuda.device_count():

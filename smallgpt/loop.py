@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smallgpt.cli import StoppedError
-from smallgpt.config import Config
+from smallgpt.config import Config, TrainingConfig
 from smallgpt.distributed import Ranks
 from smallgpt.model import SmallGPT, next_token_loss
 from smallgpt.optim import set_learning_rate
@@ -146,6 +146,23 @@ def set_up_process(threads: int) -> None:
             mallopt(name, value)
 
 
+def pick_compile(settings: TrainingConfig) -> bool:
+    """Whether to compile: `auto` does where there is a C++ compiler and enough steps.
+
+    Raises ValueError when it must and cannot.
+    """
+    if settings.compile is False:
+        return False
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        if settings.compile is True:
+            raise ValueError(
+                "training.compile is true, but no C++ compiler was found; install g++ or set compile to auto"
+            )
+        log.info("training is not compiled: no C++ compiler found (install g++ to train faster)")
+        return False
+    return settings.compile is True or settings.max_steps >= 200  # with fewer it takes longer than it saves
+
+
 def compiled(model: SmallGPT, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of (ids, targets), both (B, T); compiled as training.compile says."""
     settings = config.training
@@ -157,16 +174,8 @@ def compiled(model: SmallGPT, config: Config) -> Callable[[Tensor, Tensor], Tens
         return next_token_loss(logits, targets)
 
     model.train()
-    if settings.compile is False:
+    if not pick_compile(settings):
         return loss_function
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    if not compiler and settings.compile is True:
-        raise ValueError("training.compile is true, but no C++ compiler was found; install g++ or set compile to auto")
-    if not compiler:
-        log.info("training is not compiled: no C++ compiler found (install g++ to train faster)")
-        return loss_function
-    if settings.compile == "auto" and settings.max_steps < 200:
-        return loss_function  # compiling takes longer than it saves
     # PyTorch's own generator for dropout: on a CPU the compiler's draws one number at a time.
     return torch.compile(loss_function, options={"fallback_random": True})
 
@@ -248,7 +257,8 @@ def stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    old = {name: signal.signal(name, handler) for name in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [name for name in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(name) != signal.SIG_IGN]
+    old = {name: signal.signal(name, handler) for name in heeded}  # a job in the background ignores Ctrl-C
     try:
         yield received
     finally:

@@ -59,7 +59,7 @@ def fingerprint(config: Config, data: dict[str, TokenFile], device: torch.device
     parts = {
         "source": [sha256_file(Path(__file__).with_name(f"{name}.py")) for name in SOURCES],
         "model": config.model.model_dump(),
-        "training": config.training.model_dump(exclude={"resume", "checkpoint_interval", "device", "threads"}),
+        "training": config.training.shaping(),
         "data": {split: file.sha256 for split, file in data.items()},
         "tokenizer": data["train"].tokenizer_sha256,
         "torch": torch.__version__,
@@ -70,12 +70,13 @@ def fingerprint(config: Config, data: dict[str, TokenFile], device: torch.device
 
 
 def save_state(folder: Path, state: TrainState) -> None:
-    """Write the resumable state and then delete all but the newest two."""
+    """Write the resumable state, and keep of the others the one before: no half-written, damaged or older ones."""
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in state.ema.items()}
     tensors |= {f"best.{name}": value for name, value in state.best.items()}
     tensors |= optimizer_tensors(state.optimizers)
-    with replace_folder(folder / f"state-{state.step:09d}") as temporary:
+    current = folder / f"state-{state.step:09d}"
+    with replace_folder(current) as temporary:
         write_tensors(temporary / "state.safetensors", tensors)
         values = {
             "step": state.step,
@@ -88,8 +89,11 @@ def save_state(folder: Path, state: TrainState) -> None:
         write_atomic(temporary / "state.json", json.dumps(values))  # a gradient norm may be infinite with fp16
         hashes = {name: sha256_file(temporary / name) for name in ("state.safetensors", "state.json")}
         write_json(temporary / "hashes.json", hashes)
-    for old in sorted(folder.glob("state-*"))[:-2]:
-        shutil.rmtree(old)
+    # Those of later steps were damaged, or the training would have gone on from them.
+    kept = [saved for saved in sorted(folder.glob("state-*")) if saved <= current][-2:]
+    for saved in [*folder.glob("state-*"), *folder.glob(".state-*")]:
+        if saved not in kept:
+            shutil.rmtree(saved)
 
 
 def load_state(folder: Path, state: TrainState) -> None:

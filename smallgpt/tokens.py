@@ -10,7 +10,7 @@ import numpy as np
 
 from smallgpt.cli import MismatchError
 from smallgpt.config import TokenizerConfig
-from smallgpt.files import replace_folder, sha256_bytes, write_atomic, write_json
+from smallgpt.files import replace_folder, sha256_bytes, sha256_file, write_atomic, write_json
 from smallgpt.score import count_words
 from smallgpt.tokenizer import Tokenizer, train_tokenizer
 
@@ -48,6 +48,8 @@ class TokenFile:
             raise MismatchError(
                 f"{path} has {path.stat().st_size} bytes; its header says {count} tokens of {dtype.itemsize} bytes"
             )
+        if sha256_file(path) != file.sha256:
+            raise MismatchError(f"{path} does not have the sha256 in its header; run the tokenize stage again")
         return replace(file, ids=np.memmap(path, dtype=dtype, mode="r"))
 
 

@@ -19,7 +19,7 @@ from smallgpt.config import Config, load_config, parse_config
 from smallgpt.corpus import prepare, read_splits
 from smallgpt.distributed import Ranks, join_ranks
 from smallgpt.files import sha256_file, to_csv, write_atomic, write_json
-from smallgpt.loop import loop, set_up_process
+from smallgpt.loop import loop, pick_compile, set_up_process
 from smallgpt.machine import describe_machine, pick_device
 from smallgpt.model import SmallGPT
 from smallgpt.state import TrainState, clear_states, fingerprint, load_state, new_state
@@ -59,7 +59,8 @@ def train(
     device = pick_device(config.training.device)
     precision = pick_precision(config.training.precision, device)
     resume = "auto" if resume_only else config.training.resume
-    settings = config.training.model_copy(update={"precision": precision, "resume": resume})
+    picked = {"precision": precision, "compile": pick_compile(config.training), "resume": resume}
+    settings = config.training.model_copy(update=picked)
     config = config.model_copy(update={"training": settings})
     threads = settings.threads or processors()
     data = {split: TokenFile.load(tokens, split) for split in ("train", "valid")}
@@ -106,7 +107,7 @@ def train(
             seconds = time.perf_counter() - started
             if ranks.first:
                 summary = finish(config, state, data, tokenizer, out, reports)
-                write_facts(work / "runs", out, summary, seconds if first == 0 else None, device)
+                write_facts(work / "runs", out, summary, seconds if first == 0 else None, device, ranks)
                 tracker.set_tags({MODEL_TAG: sha256_file(out / "model.safetensors")})
                 tracker.log_artifact(reports)
         if ranks.first:
@@ -169,6 +170,7 @@ def finish(
     lineage = {
         "tokenizer_sha256": tokenizer.sha256,
         "data_sha256": {split: file.sha256 for split, file in data.items()},
+        "training": config.training.shaping(),
         "step": state.best_step,
         "last_step": state.step,
     }
@@ -179,16 +181,26 @@ def finish(
     return summary
 
 
-def write_facts(folder: Path, out: Path, summary: dict[str, Any], seconds: float | None, device: torch.device) -> None:
-    """What depends on the machine and not on the settings, for `smallgpt.results`; no time for a resumed run."""
+def write_facts(
+    folder: Path, out: Path, summary: dict[str, Any], seconds: float | None, device: torch.device, ranks: Ranks
+) -> None:
+    """What depends on the machine and not on the settings, for `smallgpt.results`.
+
+    A resumed run has no time of its own; it does not take the place of the one that made the same weights before.
+    """
+    path = folder / f"{sha256_file(out / 'model.safetensors')[:16]}.json"
+    if seconds is None and path.is_file():
+        return
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if gpu and ranks.size > 1:
+        gpu = f"{ranks.size} x {gpu}"
     facts = {
         "hardware": gpu or describe_machine(),
         "torch": torch.__version__,
         "seconds": seconds and round(seconds, 1),
         "tokens_per_second": seconds and round(summary["tokens_seen"] / seconds, 1),
     }
-    write_json(folder / f"{sha256_file(out / 'model.safetensors')[:16]}.json", facts)
+    write_json(path, facts)
 
 
 class GPTTrainer:

@@ -131,6 +131,9 @@ def test_a_foreign_tokenizer(folder: Path, corpus: dict[str, list[str]]) -> None
     (folder / "tokenizer.model").write_bytes(train_tokenizer(corpus["valid"], vocab_size=320))
     with pytest.raises(MismatchError, match=r"is not the tokenizer the model was trained with"):
         load_checkpoint(folder)
+    edit(folder, lambda values: values.update(tokenizer_sha256=5))
+    with pytest.raises(MismatchError, match=r"config\.json says 5\)"):
+        load_checkpoint(folder)
     (folder / "tokenizer.model").write_bytes(b"junk")
     with pytest.raises(MismatchError, match=ONE_LINE):
         load_checkpoint(folder)

@@ -227,6 +227,10 @@ def test_sections_must_hold_parameters(section: str, value: Any) -> None:
         ({"prepare": {"valid_fraction": 0.5, "test_fraction": 0.5}}, "valid_fraction + test_fraction must be below 1"),
         ({"training": {"seq_len": 2048}}, "training.seq_len 2048 is larger than model.max_seq_len 1024"),
         ({"evaluation": {"stride": 1025}}, "evaluation.stride 1025 is larger than model.max_seq_len 1024"),
+        (
+            {"generation": {"stop_token_ids": [10_000]}},
+            "generation.stop_token_ids names the token 10000; the vocabulary has 0 to 9999",
+        ),
     ],
 )
 def test_checks_between_parameters(sections: dict[str, Any], message: str) -> None:
@@ -240,10 +244,12 @@ def test_limits_of_the_checks_between_parameters() -> None:
             "training": {"warmup_steps": 100, "max_steps": 100, "seq_len": 64},
             "evaluation": {"stride": 64},
             "prepare": {"valid_fraction": 0.5, "test_fraction": 0.49},
+            "generation": {"stop_token_ids": [9999], "logit_bias": {17: "-1e1"}},
         },
         "p.yaml",
     )
     assert config.model.kv_heads == 8
+    assert config.generation.logit_bias == {17: -10.0}
 
 
 def test_every_fault_has_its_line() -> None:
@@ -332,7 +338,7 @@ def test_check_command(tmp_path: Path) -> None:
     good = check_command(cwd=tmp_path)
     assert (good.returncode, good.stdout, good.stderr) == (0, "", "")
     (tmp_path / "bad.yaml").write_text("training: {batch_size: 0}\n")
-    bad = check_command("bad.yaml", cwd=tmp_path)
+    bad = check_command("params.yaml", "bad.yaml", cwd=tmp_path)
     line = "error: bad.yaml: training.batch_size is 0; it should be greater than or equal to 1\n"
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", line)
 

@@ -78,6 +78,13 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         join_ranks(torch.device("cuda")).__enter__()
 
 
+def test_several_processes_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but this process has no LOCAL_RANK; start with torchrun"):
+        join_ranks(torch.device("cpu")).__enter__()
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_shares_are_the_rows_of_the_batch(size: int) -> None:
     """What train_step asks `batch` for: smaller batches that together are the whole one."""

@@ -155,10 +155,23 @@ def test_without_a_whole_state_training_starts_anew(saved: Path, caplog: pytest.
     assert caplog.text.count("is damaged and left aside") == 2
 
 
+def test_states_of_later_steps_were_damaged_and_go(saved: Path) -> None:
+    for folder in saved.glob("state-*"):
+        truncate(0.5)(folder / "state.json")
+    state = fresh(configure(), saved)
+    state.step = 2
+    save_state(saved, state)
+    assert [path.name for path in saved.glob("state-*")] == ["state-000000002"]
+    assert fresh(configure(), saved).step == 2
+
+
 def test_a_half_written_state_is_no_state(saved: Path) -> None:
-    """What a kill in the middle of writing leaves has another name, and goes with the rest."""
+    """What a kill in the middle of writing leaves has another name, and goes with the next one and with the rest."""
     (saved / "state-000000006").rename(saved / ".state-000000008.tmp")
     assert fresh(configure(), saved).step == 4
+    save_state(saved, fresh(configure(), saved))
+    assert [path.name for path in saved.glob("*state*")] == ["state-000000004"]
+    (saved / "state-000000004").rename(saved / ".state-000000008.tmp")
     (saved / "speed.csv").write_text("step\n")
     clear_states(saved)
     assert [path.name for path in saved.iterdir()] == ["speed.csv"]

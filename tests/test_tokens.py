@@ -66,6 +66,9 @@ def test_files_that_do_not_fit_their_header(tokenizer: Tokenizer, tmp_path: Path
         path.write_bytes(data)
         with pytest.raises(MismatchError, match=rf"train\.bin has {len(data)} bytes; its header says"):
             TokenFile.load(tmp_path, "train")
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(MismatchError, match=r"train\.bin does not have the sha256 in its header; run the tokenize"):
+        TokenFile.load(tmp_path, "train")
     path.write_bytes(whole)
     header = path.with_suffix(".json")
     values = json.loads(header.read_text())

@@ -34,10 +34,11 @@ from small_run import (
 from smallgpt import GPTTrainer, SmallGPT, cli
 from smallgpt.cli import DeviceError, MismatchError, StoppedError
 from smallgpt.config import Config
+from smallgpt.distributed import Ranks
 from smallgpt.score import score_stream
 from smallgpt.tokenizer import Tokenizer, train_tokenizer
 from smallgpt.tokens import TokenFile
-from smallgpt.train import main, train
+from smallgpt.train import main, train, write_facts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "".join(
@@ -224,7 +225,41 @@ def test_auto_is_bf16_where_the_processor_multiplies_in_it(
     assert runner.outs == found
     runner.clear()
     runner(configure(precision={"bf16": "fp32", "fp32": "bf16"}[precision], max_steps=4))
-    assert runner.outs != found
+    assert runner.outs["gpt/model.safetensors"] != found["gpt/model.safetensors"]
+
+
+def test_a_compiled_training_is_not_continued_without_a_compiler(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    config = configure(compile="auto", max_steps=200, warmup_steps=1, eval_interval=200)
+    with pytest.raises(StoppedError):
+        runner(config, at=3, call=send(signal.SIGTERM))
+    monkeypatch.setattr("smallgpt.loop.shutil.which", lambda name: None)
+    with pytest.raises(StoppedError):
+        runner(config, at=2, call=send(signal.SIGTERM))
+    assert "no C++ compiler found" in caplog.text
+    assert "starting anew" in caplog.text
+    assert "resumed" not in caplog.text
+
+
+def test_a_resumed_run_keeps_the_time_that_was_measured_for_the_same_weights(tmp_path: Path) -> None:
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt/model.safetensors").write_bytes(b"weights")
+
+    def facts(seconds: float | None) -> dict[str, Any]:
+        write_facts(tmp_path / "runs", tmp_path / "gpt", {"tokens_seen": 3000}, seconds, torch.device("cpu"), Ranks())
+        [path] = (tmp_path / "runs").iterdir()
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    assert (facts(None)["seconds"], facts(None)["tokens_per_second"]) == (None, None)
+    assert (facts(20.0)["seconds"], facts(20.0)["tokens_per_second"]) == (20.0, 150.0)
+    assert facts(None)["seconds"] == 20.0
+    (tmp_path / "gpt/model.safetensors").write_bytes(b"others")
+    write_facts(tmp_path / "runs", tmp_path / "gpt", {"tokens_seen": 3000}, None, torch.device("cpu"), Ranks())
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_checkpoint_interval_does_not_change_the_result(runner: Runner) -> None:
