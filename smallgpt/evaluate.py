@@ -2,14 +2,17 @@
 
 import csv
 import io
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from smallgpt.cli import MismatchError
 from smallgpt.config import EvaluationConfig
-from smallgpt.decode import stream_text
+from smallgpt.decode import require_tokenizer, stream_text
 from smallgpt.files import to_csv, write_atomic, write_json
 from smallgpt.model import SmallGPT
 from smallgpt.sampling import GenerationConfig
@@ -78,6 +81,7 @@ def evaluate(
     config: EvaluationConfig,
     generation: GenerationConfig,
     *,
+    digest: str,
     out: Path,
     floors: dict[str, float],
     train_reports: Path | None = None,
@@ -85,16 +89,21 @@ def evaluate(
     """Score valid, test and a part of train, draw samples and pictures, and write everything to `out`.
 
     Writes perplexity.json (keyed by split), perplexity.md, position.csv, samples.md, loss.png and position.png.
-    `floors` maps a split to the nats of its text under the source that made it, where that is known.
+    `digest` is the sha256 of the weights, by which samples.md names the model; `floors` maps a split to the nats of its
+    text under the source that made it, where that is known. Raises ValueError for a model without a tokenizer, and
+    MismatchError for tokens of another one.
     """
+    names = ("valid", "test") if (tokens / "test.bin").is_file() else ("valid",)
+    files = {split: TokenFile.load(tokens, split) for split in (*names, *(["train"] if config.train_tokens else []))}
+    for split, file in files.items():
+        if file.tokenizer_sha256 != require_tokenizer(model).sha256:
+            raise MismatchError(f"the {split} tokens were written by another tokenizer than the model's")
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, Scores] = {}
-    for split in ("valid", "test"):
-        if split == "valid" or (tokens / f"{split}.bin").is_file():
-            file = TokenFile.load(tokens, split)
-            results[split], scores[split] = evaluate_split(model, file, config, floors.get(split))
-    if config.train_tokens:
-        results["train"] = evaluate_train(model, TokenFile.load(tokens, "train"), config)
+    for split in names:
+        results[split], scores[split] = evaluate_split(model, files[split], config, floors.get(split))
+    if "train" in files:
+        results["train"] = evaluate_train(model, files["train"], config)
     write_json(out / "perplexity.json", results)
     write_atomic(out / "perplexity.md", perplexity_table(results))
     reach = min(int(s.position.max()) + 1 for s in scores.values())  # a short split does not fill the context
@@ -104,9 +113,15 @@ def evaluate(
         for i, bucket in enumerate(position_buckets(reach))
     ]
     write_atomic(out / "position.csv", to_csv(rows))
-    write_atomic(out / "samples.md", samples_page(model, config, generation))
+    write_atomic(out / "samples.md", samples_page(model, config, generation, digest))
     draw_pictures(out, rows, train_reports)
     return results
+
+
+def read_floors(report: Path) -> dict[str, float]:
+    """The entropy in nats of each split that has one, from the report of the stage prepare."""
+    splits = json.loads(report.read_text(encoding="utf-8")).items()
+    return {split: part["floor_nats"] for split, part in splits if isinstance(part, dict) and "floor_nats" in part}
 
 
 def position_buckets(context: int) -> list[int]:
@@ -153,12 +168,14 @@ def perplexity_table(results: dict[str, dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
-def samples_page(model: SmallGPT, config: EvaluationConfig, generation: GenerationConfig) -> str:
+def samples_page(model: SmallGPT, config: EvaluationConfig, generation: GenerationConfig, digest: str) -> str:
     """`config.samples` continuations of the sample prompt, none picked by hand: sample i has sequence number i."""
     page = (
         f"# Samples\n\nPrompt {config.sample_prompt!r}, temperature {generation.temperature}, "
-        f"top-k {generation.top_k}, top-p {generation.top_p}; sample i is sequence i of seed {generation.seed}.\n"
+        f"top-k {generation.top_k}, top-p {generation.top_p}; sample i is sequence i of seed {generation.seed}.\n\n"
+        f"The model's weights have the sha256 {digest}.\n"
     )
+    generation = replace(generation, max_time=0.0)  # a clock would end them in another place each time
     for sequence in range(config.samples):
         text = "".join(stream_text(model, config.sample_prompt, generation, sequence=sequence))
         page += f"\n## {sequence}\n\n```text\n{config.sample_prompt}{text}\n```\n"

@@ -79,9 +79,11 @@ def add(project: Path, config_file: str, out: Path) -> Path:
     scored = _read(project / "reports/evaluate/perplexity.json", "evaluate")
     model = _read(project / "models/gpt/config.json", "train")
     digest = sha256_file(project / "models/gpt/model.safetensors")
-    seed = summary.get("seed", config.training.seed)  # summaries did not always have one
-    trained = model["model"], seed, summary["steps"]
-    if trained != (config.model.model_dump(), config.training.seed, model["last_step"]):
+    asked, training = config.training.shaping(), model.get("training", {})
+    picked = {key: training.get(key) for key in ("precision", "compile") if asked[key] == "auto"}
+    trained = model["model"], training, summary.get("seed"), summary["steps"]
+    asked_for = config.model.model_dump(), asked | picked, config.training.seed, model["last_step"]
+    if trained != asked_for or digest not in _text(project / "reports/evaluate/samples.md", "evaluate"):
         raise MismatchError("models/gpt, reports/ and params.yaml belong to different runs; run dvc repro first")
     split = "test" if "test" in scored else "valid"
     machine = project / ".smallgpt/train/runs" / f"{digest[:16]}.json"
@@ -149,7 +151,7 @@ def _show(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}" if value >= 10 else f"{value:.4f}"
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 10 else f"{value:.4f}"
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
         return value[:8]
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)

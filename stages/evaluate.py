@@ -1,12 +1,11 @@
 """DVC stage `evaluate`: score the model on every split, against the entropy floor where it is known."""
 
-import json
 from pathlib import Path
 
 from smallgpt.checkpoint import model_sha256
 from smallgpt.cli import run
 from smallgpt.config import load_config
-from smallgpt.evaluate import evaluate, perplexity_rows
+from smallgpt.evaluate import evaluate, perplexity_rows, read_floors
 from smallgpt.machine import pick_device
 from smallgpt.model import SmallGPT
 from smallgpt.tracking import start_run
@@ -22,16 +21,16 @@ def main(
 ) -> None:
     config = load_config(params)
     device = pick_device(config.evaluation.device, "evaluation.device")
-    report = json.loads(Path(prepare_report).read_text(encoding="utf-8"))
-    splits = {key: part for key, part in report.items() if isinstance(part, dict)}
-    with start_run("evaluate", model_sha256=model_sha256(model)) as tracker:
+    digest = model_sha256(model)
+    with start_run("evaluate", model_sha256=digest) as tracker:
         results = evaluate(
             SmallGPT.from_pretrained(model).to(device),
             Path(tokens),
             config.evaluation,
             config.generation,
+            digest=digest,
             out=Path(out),
-            floors={key: part["floor_nats"] for key, part in splits.items() if "floor_nats" in part},
+            floors=read_floors(Path(prepare_report)),
             train_reports=Path(train_reports),
         )
         tracker.log_params(config.model_dump(include={"evaluation"}) | {"generation": config.generation.to_dict()})

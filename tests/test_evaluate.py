@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from smallgpt.cli import MismatchError
 from smallgpt.config import EvaluationConfig
 from smallgpt.decode import stream_text
 from smallgpt.evaluate import (
@@ -19,12 +21,13 @@ from smallgpt.evaluate import (
     perplexity_rows,
     perplexity_table,
     position_buckets,
+    read_floors,
     windows_at_once,
 )
 from smallgpt.model import SmallGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.score import Scores, score_stream
-from smallgpt.tokenizer import Tokenizer
+from smallgpt.tokenizer import Tokenizer, train_tokenizer
 from smallgpt.tokens import TokenFile, write_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +66,9 @@ def test_everything_is_written_the_same_twice(project: Path, curves: Path, tmp_p
         model = SmallGPT.from_pretrained(project / "models/gpt")
         floors = {"valid": 100.0}
         out = tmp_path / name
-        results.append(evaluate(model, tokens, CONFIG, GENERATION, out=out, floors=floors, train_reports=curves))
+        results.append(
+            evaluate(model, tokens, CONFIG, GENERATION, digest="ab12", out=out, floors=floors, train_reports=curves)
+        )
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert list(contents(tmp_path / "a")) == NAMES
     assert json.loads((tmp_path / "a/perplexity.json").read_text()) == results[0]
@@ -76,7 +81,7 @@ def test_figures_belong_to_the_split(project: Path, tmp_path: Path) -> None:
     tokens = project / "data/tokens"
     model = SmallGPT.from_pretrained(project / "models/gpt")
     floor = {"test": 1234.5}
-    results = evaluate(model, tokens, CONFIG, GENERATION, out=tmp_path, floors=floor)
+    results = evaluate(model, tokens, CONFIG, GENERATION, digest="ab12", out=tmp_path, floors=floor)
     for split in ("valid", "test"):
         file, figures = TokenFile.load(tokens, split), results[split]
         plain = score_stream(model, file.ids, context=32, stride=32, batch_size=4).nats.sum()
@@ -128,7 +133,13 @@ def test_a_leak_is_an_error(uniform: SmallGPT, project: Path, tmp_path: Path) ->
         evaluate_split(uniform, file, CONFIG, total + 25.1)
     with pytest.raises(ValueError, match=f"{total:.1f} nats for a text whose entropy is {total + 99:.1f}"):
         evaluate(
-            uniform, project / "data/tokens", CONFIG, GENERATION, out=tmp_path / "out", floors={"test": total + 99}
+            uniform,
+            project / "data/tokens",
+            CONFIG,
+            GENERATION,
+            digest="ab12",
+            out=tmp_path / "out",
+            floors={"test": total + 99},
         )
     assert not (tmp_path / "out").exists()
 
@@ -136,12 +147,16 @@ def test_a_leak_is_an_error(uniform: SmallGPT, project: Path, tmp_path: Path) ->
 def test_a_corpus_without_a_test_split(models: dict[str, SmallGPT], tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", "valid", ["Ann saw 7 eggs."] * 9, tokenizer)
     config = EvaluationConfig(samples=0, train_tokens=0)
-    results = evaluate(models["gpt2"], tmp_path / "tokens", config, GENERATION, out=tmp_path / "out", floors={})
+    results = evaluate(
+        models["gpt2"], tmp_path / "tokens", config, GENERATION, digest="ab12", out=tmp_path / "out", floors={}
+    )
     assert list(results) == ["valid"]
     assert sorted(contents(tmp_path / "out")) == NAMES[1:]
     (tmp_path / "tokens/valid.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"valid\.bin does not exist"):
-        evaluate(models["gpt2"], tmp_path / "tokens", config, GENERATION, out=tmp_path / "out", floors={})
+        evaluate(
+            models["gpt2"], tmp_path / "tokens", config, GENERATION, digest="ab12", out=tmp_path / "out", floors={}
+        )
 
 
 def test_splits_shorter_than_the_context(models: dict[str, SmallGPT], tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -149,7 +164,7 @@ def test_splits_shorter_than_the_context(models: dict[str, SmallGPT], tokenizer:
     write_tokens(tmp_path / "tokens", "test", ["Ann saw 7 eggs.\n" * 50], tokenizer)
     config = EvaluationConfig(samples=0, train_tokens=0)
     model = models["gpt2"]
-    results = evaluate(model, tmp_path / "tokens", config, GENERATION, out=tmp_path / "out", floors={})
+    results = evaluate(model, tmp_path / "tokens", config, GENERATION, digest="ab12", out=tmp_path / "out", floors={})
     lines = (tmp_path / "out/position.csv").read_text().splitlines()
     assert lines[0] == "position,valid,test"
     assert len(lines) == 1 + results["valid"]["tokens"]
@@ -189,7 +204,7 @@ def test_the_table() -> None:
 
 def test_samples_are_numbered_and_reproducible(project: Path, tmp_path: Path) -> None:
     model = SmallGPT.from_pretrained(project / "models/gpt")
-    evaluate(model, project / "data/tokens", CONFIG, GENERATION, out=tmp_path, floors={})
+    evaluate(model, project / "data/tokens", CONFIG, GENERATION, digest="ab12", out=tmp_path, floors={})
     page = (tmp_path / "samples.md").read_text()
     samples = re.findall(r"\n## (\d)\n\n```text\nAnn(.*?)\n```\n", page, flags=re.DOTALL)
     assert [number for number, _ in samples] == ["0", "1"]
@@ -197,6 +212,30 @@ def test_samples_are_numbered_and_reproducible(project: Path, tmp_path: Path) ->
     assert [text for _, text in samples] == drawn
     assert drawn[0] != drawn[1]
     assert "temperature 0.8, top-k 50, top-p 0.9; sample i is sequence i of seed 0" in page
+
+    assert "The model's weights have the sha256 ab12.\n" in page
+    hasty = replace(GENERATION, max_time=1e-9)  # a limit for serving; no clock acts on a report
+    evaluate(model, project / "data/tokens", CONFIG, hasty, digest="ab12", out=tmp_path, floors={})
+    assert (tmp_path / "samples.md").read_text() == page
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    project: Path, corpus: dict[str, list[str]], models: dict[str, SmallGPT], tmp_path: Path
+) -> None:
+    for split, texts in corpus.items():
+        write_tokens(tmp_path / "tokens", split, texts, Tokenizer(train_tokenizer(corpus["train"], vocab_size=300)))
+    model = SmallGPT.from_pretrained(project / "models/gpt")
+    with pytest.raises(MismatchError, match="the valid tokens were written by another tokenizer than the model's"):
+        evaluate(model, tmp_path / "tokens", CONFIG, GENERATION, digest="ab12", out=tmp_path / "out", floors={})
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="this model has no tokenizer"):
+        evaluate(model, project / "data/tokens", CONFIG, GENERATION, digest="ab12", out=tmp_path / "out", floors={})
+    assert not (tmp_path / "out").exists()
+
+
+def test_floors_are_those_of_the_report(tmp_path: Path) -> None:
+    (tmp_path / "prepare.json").write_text('{"source": "a", "valid": {"floor_nats": 2.5}, "test": {"bytes": 3}}')
+    assert read_floors(tmp_path / "prepare.json") == {"valid": 2.5}
 
 
 def test_memory_is_bounded(models: dict[str, SmallGPT]) -> None:

@@ -16,23 +16,35 @@ TRAIN = "".join(chr(ord("a") + i * i % 23) for i in range(150)) + "\n"
 def project(tmp_path: Path) -> Path:
     """What the stages leave behind, as small as it can be."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"training": {"seed": 7, "warmup_steps": 1, "max_steps": 9}}))
-    model = load_config(tmp_path / "params.yaml").model.model_dump()
+    config = load_config(tmp_path / "params.yaml")
+    training = config.training.shaping() | {"precision": "bf16", "compile": True}  # what auto was
     figures = {"bits_per_byte": 2.25, "sliding_bits_per_byte": 2.125, "perplexity": 31.5, "context": 8, "stride": 4}
     files = {
         "reports/prepare.json": {"source": "my.txt", "valid": {"sha256": "cd"}},
         "reports/train/summary.json": {"parameters": 12_345, "seed": 7, "steps": 9, "tokens_seen": 900, "epochs": 1.5},
         "reports/evaluate/perplexity.json": {"valid": figures},
-        "models/gpt/config.json": {"model": model, "last_step": 9},
+        "models/gpt/config.json": {"model": config.model.model_dump(), "training": training, "last_step": 9},
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
-    (tmp_path / "models/gpt/model.safetensors").write_bytes(b"weights")
+    weights = tmp_path / "models/gpt/model.safetensors"
+    weights.write_bytes(b"weights")
     samples = "".join(f"\n## {i}\n\n```text\n{text}\n```\n" for i, text in enumerate((TRAIN[20:100], "y" * 80)))
-    (tmp_path / "reports/evaluate/samples.md").write_text(f"# Samples\n\nPrompt 'a', seed 3.\n{samples}")
+    (tmp_path / "reports/evaluate/samples.md").write_text(
+        f"# Samples\n\nPrompt 'a', seed 3.\n\nsha256 {sha256_file(weights)}.\n{samples}"
+    )
     (tmp_path / "data/prepared").mkdir(parents=True)
     (tmp_path / "data/prepared/train.txt").write_text(TRAIN)
     return tmp_path
+
+
+def write_weights(project: Path, weights: bytes) -> None:
+    """Other weights, and samples of theirs."""
+    path, page = project / "models/gpt/model.safetensors", project / "reports/evaluate/samples.md"
+    before = sha256_file(path)
+    path.write_bytes(weights)
+    page.write_text(page.read_text().replace(before, sha256_file(path)))
 
 
 def call(project: Path, action: str) -> None:
@@ -59,7 +71,7 @@ def test_a_preset_may_be_run_with_another_seed(project: Path) -> None:
 
 def test_the_page_has_a_line_for_each_row(project: Path) -> None:
     call(project, "add")
-    (project / "models/gpt/model.safetensors").write_bytes(b"others")
+    write_weights(project, b"others")
     call(project, "add")
     call(project, "add")  # the same model again replaces its row
     lines = [line for line in (project / "page.md").read_text().splitlines() if line.startswith("| my.txt")]
@@ -76,6 +88,19 @@ def test_the_card_shows_samples_and_how_much_of_them_was_read_in_training(projec
     # Each sample has 31 windows of 50 characters; those of the first stand in train.
     assert "Prompt 'a', seed 3. The first 2 of 2, none picked by hand.\n0.5000 of the samples' windows" in card
     assert "params.yaml, seed 7: 900 tokens, 1.5 passes" in card
+
+
+def test_settings_that_were_not_trained_with_and_weights_that_were_not_scored_are_refused(project: Path) -> None:
+    params = project / "params.yaml"
+    for section in ({"seed": 7, "weight_decay": 0.2}, {"seed": 7, "precision": "fp32"}):
+        params.write_text(yaml.safe_dump({"training": {"warmup_steps": 1, "max_steps": 9, **section}}))
+        with pytest.raises(MismatchError, match="belong to different runs"):
+            add(project, "params.yaml", project / "rows")
+    params.write_text(yaml.safe_dump({"training": {"seed": 7, "warmup_steps": 1, "max_steps": 9, "threads": 3}}))
+    add(project, "params.yaml", project / "rows")
+    (project / "models/gpt/model.safetensors").write_bytes(b"others")
+    with pytest.raises(MismatchError, match="belong to different runs"):
+        add(project, "params.yaml", project / "rows")
 
 
 def test_files_of_different_runs_are_refused(project: Path) -> None:
