@@ -222,7 +222,7 @@ def _outputs(config: ModelConfig, cache_dtype: np.dtype, prefix: str = "") -> li
 
 
 def _model(graph: GraphBuilder, config: ModelConfig, cache_dtype: np.dtype) -> ModelProto:
-    """Put inputs and outputs around the nodes. Opset 21 and IR 10 are the newest that ONNX Runtime 1.28 reads."""
+    """Put inputs and outputs around the nodes. Opset 21 and IR 10 are older than every ONNX Runtime allowed."""
     value = helper.make_tensor_value_info
     inputs = [value("input_ids", TensorProto.INT64, ["batch", "tokens"])]
     if config.architecture == "gpt2":

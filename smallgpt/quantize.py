@@ -1,7 +1,8 @@
 """Matrices in 8 or 4 bits, laid out as ONNX Runtime's MatMulNBits and GatherBlockQuantized read them.
 
-A matrix is N outputs by K inputs. Each row is cut into blocks of neighbouring columns that share one float32 scale:
-weight = level * scale, with signed levels of 8 or 4 bits that are stored as unsigned ones, their zero in the middle.
+A matrix is N outputs by K inputs. Each row is cut into blocks of neighbouring columns with one float32 scale each, in 8
+bits the same for the whole row: weight = level * scale, with signed levels that are stored as unsigned ones, their
+zero in the middle.
 """
 
 from collections.abc import Mapping
