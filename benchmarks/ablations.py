@@ -58,7 +58,9 @@ def settings_with(changes: dict[str, Any]) -> dict[str, Any]:
     """The preset, changed."""
     params: dict[str, Any] = yaml.safe_load((ROOT / "configs/shakespeare-25m.yaml").read_text(encoding="utf-8"))
     for key, value in changes.items():
-        section, name = key.split(".")
+        section, _, name = key.partition(".")
+        if name not in params.get(section, {}):
+            raise ValueError(f"there is no setting {key}; settings are named as in training.weight_decay")
         params[section][name] = value
     return params
 

@@ -229,7 +229,10 @@ class Transformers(Generating):
 
 
 class Genai(Engine):
-    """onnxruntime-genai's generator on our graph, with a cache of fixed size in place; it takes the largest itself."""
+    """onnxruntime-genai's generator on our graph, with a cache of fixed size in place; it takes the largest itself.
+
+    Its session has the settings of ours, so that only what drives the graph differs.
+    """
 
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime_genai
@@ -237,7 +240,12 @@ class Genai(Engine):
         self.lib = onnxruntime_genai
         config = onnxruntime_genai.Config(str(folder))
         # Its own choice is half of the processors.
-        options = {"session_options": {"intra_op_num_threads": threads}}
+        entries = {
+            "session.disable_quant_qdq": "1",
+            "session.x64quantprecision": "0",
+            "optimization.disable_specified_optimizers": "SkipLayerNormFusion",
+        }
+        options = {"session_options": {"intra_op_num_threads": threads, **entries}}
         config.overlay(json.dumps({"model": {"decoder": options}}))
         self.model = onnxruntime_genai.Model(config)
         self.shape, self.generator = (0, 0), None
