@@ -28,6 +28,7 @@ from typing import Any
 import engines
 import numpy as np
 
+from smallgpt import cli
 from smallgpt.cli import processors
 from smallgpt.files import write_atomic, write_json
 from smallgpt.machine import describe_machine
@@ -341,10 +342,7 @@ def _version(interpreter: str, name: str) -> str:
     return subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(worker(*sys.argv[2:])))
-        sys.exit()
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=Path("models/gpt"))
     parser.add_argument("exports", nargs="?", type=Path, default=Path("exports"))
@@ -358,5 +356,16 @@ if __name__ == "__main__":
     chosen = {"ours", SMALL_CACHE, *options.engines.split(",")}
     if unknown := chosen - set(PACKAGES):
         parser.error(f"--engines names {', '.join(sorted(unknown))}; known are {', '.join(PEERS)}")
+    bundles = [options.exports / kinds["ours"] for kinds in WIDTHS.values() if "ours" in kinds]
+    for path in (options.model / "config.json", *bundles, options.tokens):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; `make repro` makes model, bundles and tokens")
     paths = (options.model.resolve(), options.exports.resolve(), options.tokens.resolve())
     run(*paths, options.rounds, options.threads, chosen, options.work.resolve(), options.out)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps(worker(*sys.argv[2:])))
+    else:
+        cli.run(main)

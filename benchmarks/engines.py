@@ -65,10 +65,12 @@ class Stepping(Engine):
 class Ours(Stepping):
     """This project's runtime, with configuration entries for its session."""
 
-    def __init__(self, bundle: Path, threads: int, session: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, bundle: Path, threads: int, session: Sequence[tuple[str, str]] = (), *, device: str = "cpu"
+    ) -> None:
         from smallgpt.runtime import OrtGPT
 
-        self.model = OrtGPT(bundle, device="cpu", threads=threads, verify=False, session=session)
+        self.model = OrtGPT(bundle, device=device, threads=threads, verify=False, session=session)
 
     def prefill(self, ids: np.ndarray, batch: int, capacity: int) -> np.ndarray:
         self.model.reserve(batch, capacity)
@@ -206,20 +208,21 @@ class CTranslate2(Generating):
 
 
 class Transformers(Generating):
-    """Transformers' generate with a cache of fixed size; `kind` is the precision."""
+    """Transformers' generate; `kind` is the precision. On a GPU the cache has a fixed size and a step is compiled."""
 
-    def __init__(self, folder: Path, threads: int, kind: str) -> None:
+    def __init__(self, folder: Path, threads: int, kind: str, device: str = "cpu") -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         self.torch = torch
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).eval().to(device)
+        self.settings: dict[str, Any] = {"cache_implementation": "static"} if device == "cuda" else {}
 
     def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
-        prompts = self.torch.from_numpy(np.tile(ids, (batch, 1)))
-        settings: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        prompts = self.torch.from_numpy(np.tile(ids, (batch, 1))).to(self.model.device)
+        settings = {**self.settings, "max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
         mask = self.torch.ones_like(prompts)
         out = self.model.generate(prompts, attention_mask=mask, eos_token_id=None, pad_token_id=0, **settings)
         return [int(i) for i in out[0, len(ids) :].tolist()]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that a GPU has to show, in calls of less than 10 minutes each and without a network:
 #
-#   benchmarks/gpu.sh [FOLDER_OF_WHEELS]                  speed: reports/bench/gpu.json and gpu-train.{json,md}
+#   benchmarks/gpu.sh [FOLDER_OF_WHEELS]                  speed: reports/bench/gpu.json, gpu-train.{json,md} and
+#                                                         gpu-decode.{json,md}, with BUNDLE=FOLDER of that bundle too
 #   PARTS=presets benchmarks/gpu.sh [FOLDER_OF_WHEELS]    quality: a row and a model card for each of PRESETS
 #   PARTS=ablations benchmarks/gpu.sh [FOLDER_OF_WHEELS]  what each part of the recipe is worth at 20M parameters:
 #                                                         reports/bench/gpu-ablations.{json,md}
@@ -13,7 +14,7 @@
 # The machine needs torch, numpy, sentencepiece, pyyaml and safetensors, for the presets requests and matplotlib too. What
 # else is missing there (pydantic, filelock, tqdm; transformers for the peers) is taken from the wheels and put into a
 # temporary folder. MLflow and DVC are not used. A part that fails is named and the rest goes on. With DEVICE=cpu and
-# OUT=FOLDER a machine without a GPU rehearses: SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1 the first call,
+# OUT=FOLDER a machine without a GPU rehearses: SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1 TOKENS=20 the first,
 # PRESETS=stories-tiny the second, ONLY=control EPOCHS=0.1 the third. Lists have commas: PARTS=train,ddp.
 set -uo pipefail
 data=${SMALLGPT_DATA_DIR:+$(realpath "$SMALLGPT_DATA_DIR")}
@@ -113,7 +114,7 @@ curves() {
   done
   (cd "$scratch/1" && "$python" -m stages.train) || return 1
   (cd "$scratch/2" && OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m stages.train) || return 1
-  "$python" - "$scratch/1" "$scratch/2" "$out/ddp.json" << 'END'
+  "$python" - "$scratch/1" "$scratch/2" "$scratch/ddp.json" << 'END'
 import csv, json, sys
 one, two = ([float(row["loss"]) for row in csv.DictReader(open(f"{folder}/reports/train/train.csv"))] for folder in sys.argv[1:3])
 difference = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
@@ -122,29 +123,30 @@ sys.exit(difference > 1e-4)
 END
 }
 export -f curves
-export device scratch out
-rm -f "$out/ddp.json" "$out/decode.json"
+export device scratch
 if [ "$ranks" -gt 1 ] && asked ddp; then part ddp 120 bash -c curves; fi
 
-if asked decode && grep -q -- --device benchmarks/decode.py; then  # once it can measure a GPU
-  part decode 120 "$python" benchmarks/decode.py --device "$device" --out "$out/decode.json"
+if asked decode; then
+  part decode 150 "$python" benchmarks/decode_gpu.py --device "$device" --shape "${shapes%%,*}" --steps "${TOKENS:-400}" \
+    ${BUNDLE:+--bundle "$BUNDLE"} --out "$out/gpu-decode.json"
 fi
 
-"$python" - "$out" "$parts" "$ranks" "${failed[@]}" << 'END'
+"$python" - "$out" "$scratch" "$parts" "$ranks" "${failed[@]}" << 'END'
 import json, sys
 from pathlib import Path
 
-out, asked, ranks, failed = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4:]
+out, scratch = map(Path, sys.argv[1:3])
+asked, ranks, failed = sys.argv[3].split(","), int(sys.argv[4]), sys.argv[5:]
 report = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").is_file() else {}
-for name, file in {"train": "gpu-train.json", "ddp": "ddp.json", "decode": "decode.json"}.items():
+files = {"train": out / "gpu-train.json", "ddp": scratch / "ddp.json", "decode": out / "gpu-decode.json"}
+for name, file in files.items():
     if name in asked:
         report.pop(name, None)
-        if name not in failed and (out / file).is_file():
-            report[name] = json.loads((out / file).read_text())
-(out / "ddp.json").unlink(missing_ok=True)
+        if name not in failed and file.is_file():
+            report[name] = json.loads(file.read_text())
 (out / "gpu.json").write_text(json.dumps(report | {"processes": ranks, "failed": failed}, indent=2) + "\n")
-if "train" in report:
-    print((out / "gpu-train.md").read_text())
+for name in report.keys() & {"train", "decode"}:
+    print((out / f"gpu-{name}.md").read_text())
 print("failed:", ", ".join(failed) or "nothing")
 sys.exit(bool(set(failed) - {"peers"}))
 END

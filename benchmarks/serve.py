@@ -11,8 +11,10 @@ import json
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(line(rows[-1]), flush=True)
     if options.json:
         print(json.dumps(rows, indent=2))
-    elif len(rows) > 1:
+    elif len(rows) > 1 and rows[0]["tokens_per_second"]:
         print(f"throughput: {rows[-1]['tokens_per_second'] / rows[0]['tokens_per_second']:.2f} times that of the first")
 
 
@@ -77,6 +79,7 @@ def served(arguments: Sequence[str]) -> Iterator[str]:
         if not found:
             sys.exit(f"the server did not start: {text}{process.stderr.read()}")
         print(text, end="", file=sys.stderr)
+        threading.Thread(target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True).start()
         yield found[0]
     finally:
         process.terminate()

@@ -114,8 +114,10 @@ def worker(job: Job) -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # libraries that print must not speak in between
     import torch
 
+    from smallgpt.cli import processors
+
     begin = time.perf_counter()
-    torch.set_num_threads(job.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(job.threads or processors())
     step = {"ours": our_step, "peer": peer_step, "products": products_step}[job.system](job)
     built = time.perf_counter()
     seconds = step()
@@ -359,7 +361,9 @@ def profile(job: Job) -> str:
     """The operators of three steps, those that take the most time themselves first."""
     import torch
 
-    torch.set_num_threads(job.threads or len(os.sched_getaffinity(0)))
+    from smallgpt.cli import processors
+
+    torch.set_num_threads(job.threads or processors())
     step = our_step(job)
     step()
     step()

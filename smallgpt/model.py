@@ -44,14 +44,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
-        q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k = k.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        v = v.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())  # with bf16 the weights are still in fp32
-        if rotary is not None:
-            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        q, k, v = self.project(x, rotary)
         mask = None
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, K, P + T, d)
@@ -63,6 +56,19 @@ class Attention(nn.Module):
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))  # (B, H, P + T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None)  # (B, H, T, d)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1)), present
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, d), keys and values (B, K, T, d) of `x` (B, T, D), normed and rotated."""
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
+        q = q.view(B, T, self.heads, self.head_dim).transpose(1, 2)
+        k = k.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = v.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())  # with bf16 the weights are still in fp32
+        if rotary is not None:
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        return q, k, v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -45,6 +45,13 @@ def test_report_and_table(tmp_path: Path) -> None:
     assert "threads; medians of 1 rounds" in table
 
 
+def test_without_a_model(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/decode.py"), str(tmp_path / "gpt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    expected = f"error: {tmp_path / 'gpt/config.json'} does not exist; `make repro` makes model, bundles and tokens\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 def test_engines_that_nobody_knows() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/decode.py"), "--engines", "vLLM"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,0 +1,69 @@
+"""benchmarks/decode_gpu.py on a CPU: the cache of fixed size says what the model says, and the table follows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_run import ROOT
+
+from smallgpt.model import SmallGPT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import decode_gpu
+
+    sys.path.remove(str(ROOT / "benchmarks"))
+    return decode_gpu
+
+
+def test_steps_over_a_fixed_cache_give_the_logits_of_the_model(bench: ModuleType, model: SmallGPT) -> None:
+    ids = torch.from_numpy(np.random.default_rng(0).integers(4, 320, (2, 32)))
+    static, positions = bench.Static(model, 2, 32), torch.arange(32)
+    with torch.inference_mode():
+        expected = model(ids)[0]
+        found = [static(ids[:, :7], positions[:7])]
+        found += [static(ids[:, i : i + 1], positions[i : i + 1]) for i in range(7, 32)]
+    torch.testing.assert_close(torch.stack(found, 1), expected[:, 6:], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_report_and_table(bench: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(ROOT / "benchmarks/decode_gpu.py"), "--device", "cpu", "--shape", "tiny-gpt2"]
+    command += ["--rounds", "1", "--steps", "6", "--out", str(tmp_path / "d.json"), "--bundle", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "d.json").read_text())
+    assert list(report["failed"]) == ["ours"]
+    assert "does not exist" in report["failed"]["ours"]
+    assert list(report["median"]) == ["Transformers", "PyTorch, compiled"]
+    for rows in report["median"].values():
+        batches = [f"batch {batch}, context 16-22" for batch in (1, 8, 64)]
+        assert list(rows) == ["first token, prompt 63", *batches]
+        assert all(value > 0 for value in rows.values())
+    first, second = (rows["batch 8, context 16-22"] for rows in report["median"].values())
+    row = f"| batch 8, context 16-22 | {first:,.0f} | {second:,.0f} | {first / second:.2f} |"
+    assert row in (tmp_path / "d.md").read_text()
+    assert (tmp_path / "d.md").read_text() in done.stdout
+
+
+def test_texts_are_those_of_the_model(bench: ModuleType, models: dict[str, SmallGPT], monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ids = np.array([3, 9, 40])
+    for model in models.values():
+        text = bench.Compiled(model, torch.device("cpu")).text(ids, 8, 16)
+        expected = ids.tolist()
+        with torch.inference_mode():
+            for _ in range(8):
+                expected.append(int(model(torch.tensor([expected]))[0][0, -1].argmax()))
+        assert text == expected[3:]
