@@ -9,9 +9,8 @@ import tiny
 from test_export import random_ids, torch_logits
 
 from smallgpt import runtime, session
-from smallgpt.cli import DeviceError
 from smallgpt.model import SmallGPT
-from smallgpt.runtime import OrtGPT
+from smallgpt.runtime import OrtGPT, check_golden
 
 VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
@@ -72,10 +71,15 @@ def test_a_large_batch_is_filled_in_even_parts(pair, variant: str, monkeypatch: 
     assert sizes == [2] * 5
 
 
-def test_no_gpu_is_said(pair) -> None:
-    if session.missing_for_cuda():
-        with pytest.raises(DeviceError, match=r"is a fp32 bundle for cpu; take exports/fp16 for cuda"):
-            OrtGPT(pair[1] / "fp32", device="cuda")
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(session.missing_for_cuda()), reason="onnxruntime finds no CUDA device")
+def test_on_a_gpu_the_fp16_bundle_keeps_its_certificate(tmp_path: Path) -> None:
+    model = OrtGPT(tiny.write_bundles(tmp_path, tiny.random_model("llama"), ["fp16"]) / "fp16", device="cuda")
+    assert model.device == "cuda"
+    assert check_golden(model)[0] > 0
+    rows, lengths = random_ids(3, 20), np.array([20, 5, 13])
+    alone = [model.prefill(row[None, :length])[0].copy() for row, length in zip(rows, lengths, strict=True)]
+    np.testing.assert_allclose(model.prefill(rows, lengths), alone, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:1", "cuda:"])

@@ -132,6 +132,21 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(runner: Runner, recipe: str)
     assert runner.states() == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_on_a_gpu_too(runner: Runner, recipe: str) -> None:
+    config = RECIPES[recipe]
+    config = config.model_copy(update={"training": config.training.model_copy(update={"device": "cuda"})})
+    runner(config)
+    expected = runner.outs
+    runner.clear()
+    with pytest.raises(StoppedError):
+        runner(config, at=3, call=send(signal.SIGTERM))
+    runner(config)
+    assert runner.outs == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["adamw", "muon"])
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
