@@ -281,7 +281,7 @@ def text_of(ids: np.ndarray, bundle: Path) -> bytes:
 def to_markdown(report: dict[str, Any]) -> str:
     """A table for each width, with the ratios to the peers, and the share of the memory limit at batch 1.
 
-    onnxruntime-genai has a ratio of its own: it runs our graph, so only the runtimes are compared.
+    onnxruntime-genai has a ratio of its own: it runs our graph, so only what drives it is compared.
     """
     shape, machine = report["model"], report["machine"]
     same = ", ".join(f"{engine} {count}" for engine, count in report["greedy fp32 texts equal to ours"].items())
