@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # Tests write no runs into the repository; those that want runs say so.
 os.environ["SMALLGPT_TRACKING"] = "off"
+
+# A job in the background ignores Ctrl-C, and so would the processes that tests start and stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run, no clock, and no database of examples beside the tests.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)

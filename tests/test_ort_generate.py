@@ -463,10 +463,6 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_endless(tmp_path_factory.mktemp("endless"))
 
 
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(bundle: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
@@ -487,8 +483,6 @@ def start(bundle: Path, *more: str) -> subprocess.Popen[bytes]:
         stderr=subprocess.PIPE,
         cwd=ROOT,
         env=environment,
-        # A job that a shell started in the background ignores SIGINT, and so would its children.
-        preexec_fn=heed_interrupts,
     )
 
 

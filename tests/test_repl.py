@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 import termios
@@ -47,7 +46,6 @@ class Terminal:
         """Make the terminal the one whose Ctrl-C reaches the process."""
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it, and so would its children
 
     def type(self, text: str) -> None:
         os.write(self.keyboard, text.encode())
