@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 
+from smallgpt.cli import run
 from smallgpt.files import write_atomic, write_json
 from smallgpt.machine import describe_machine, pick_device
 from smallgpt.train import pick_precision
@@ -140,7 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("reports/bench/ablations.json"))
     options = parser.parse_args()
-    control = CONTROL | {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in options.set)}
+    control = CONTROL | {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)}
     settings = settings_with(control)
     known = [name for name in CHANGES if name == "control" or settings_with(control | CHANGES[name]) != settings]
     names = options.only.split(",") if options.only else known
@@ -165,12 +166,12 @@ def main() -> None:
         for name in names:
             if seed not in report["runs"].get(name, {}):
                 print(f"{name}, seed {seed}", file=sys.stderr)
-                run = measure(control | CHANGES[name], int(seed), options.epochs)
-                report["runs"].setdefault(name, {})[seed] = run
+                found = measure(control | CHANGES[name], int(seed), options.epochs)
+                report["runs"].setdefault(name, {})[seed] = found
                 write_json(options.out, report)
                 write_atomic(options.out.with_suffix(".md"), to_markdown(report))
     print(to_markdown(report))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

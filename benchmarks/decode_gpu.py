@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from train import SHAPES
 
-from smallgpt.cli import processors
+from smallgpt.cli import processors, run
 from smallgpt.files import write_atomic, write_json
 from smallgpt.interop import save_transformers
-from smallgpt.machine import describe_machine
+from smallgpt.machine import describe_machine, pick_device
 from smallgpt.model import SmallGPT
 
 BATCHES = (1, 8, 64)
@@ -179,7 +179,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--bundle", type=Path, help="an fp16 bundle of that shape, for onnxruntime with CUDA")
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="tokens of a text (default: 400)")
     parser.add_argument("--out", type=Path, default=Path("reports/bench/gpu-decode.json"))
     options = parser.parse_args()
-    device, shape = torch.device(options.device), SHAPES[options.shape][0]
+    device, shape = pick_device(options.device, "--device"), SHAPES[options.shape][0]
     torch._dynamo.config.recompile_limit = 64  # Transformers compiles a step anew for each length of its cache
     torch.manual_seed(0)
     model = SmallGPT(**shape, dropout=0.0).eval()
@@ -222,8 +222,8 @@ def main() -> None:
     write_json(options.out, report)
     write_atomic(options.out.with_suffix(".md"), to_markdown(report))
     print(to_markdown(report))
-    sys.exit(not running)
+    return int(not running)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

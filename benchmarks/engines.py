@@ -240,12 +240,14 @@ class Genai(Engine):
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime_genai
 
+        from smallgpt.session import products_overflow
+
         self.lib = onnxruntime_genai
         config = onnxruntime_genai.Config(str(folder))
         # Its own choice is half of the processors.
         entries = {
             "session.disable_quant_qdq": "1",
-            "session.x64quantprecision": "0",
+            "session.x64quantprecision": str(int(products_overflow())),
             "optimization.disable_specified_optimizers": "SkipLayerNormFusion",
         }
         options = {"session_options": {"intra_op_num_threads": threads, **entries}}

@@ -57,6 +57,15 @@ def test_report_and_table(bench: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "d.md").read_text() in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/decode_gpu.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("error: --device is cuda")
+    assert done.stderr.count("\n") == 1
+
+
 def test_texts_are_those_of_the_model(bench: ModuleType, models: dict[str, SmallGPT], monkeypatch: Any) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     ids = np.array([3, 9, 40])
