@@ -133,8 +133,8 @@ def contenders(
             return engines.Transformers(Path(folder), processors(), kind, device.type)
 
     makers: dict[str, Any] = {
-        "Transformers": transformers,
         "PyTorch, compiled": lambda: Compiled(model, device),
+        "Transformers": transformers,
     }
     if bundle:
         makers = {"ours": lambda: engines.Ours(bundle, processors(), device=device.type), **makers}

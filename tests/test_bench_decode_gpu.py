@@ -46,7 +46,7 @@ def test_report_and_table(bench: ModuleType, tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads((tmp_path / "d.json").read_text())
     assert list(report["failed"]) == ["ours"]
     assert "does not exist" in report["failed"]["ours"]
-    assert list(report["median"]) == ["Transformers", "PyTorch, compiled"]
+    assert list(report["median"]) == ["PyTorch, compiled", "Transformers"]
     for rows in report["median"].values():
         batches = [f"batch {batch}, context 16-22" for batch in (1, 8, 64)]
         assert list(rows) == ["first token, prompt 63", *batches]
