@@ -141,6 +141,8 @@ class Session:
         if name == "seed":
             self.turn = 0
         self.say(f"{name} = {getattr(self.config, name)}")
+        if name == "num_beams" and self.config.num_beams > 1 and (self.slide or self.speculate):
+            self.say("beam search neither guesses ahead nor slides over the end of the context; num_beams 1 does again")
 
     def reset(self) -> None:
         self.text = self.before = ""

@@ -164,7 +164,7 @@ def test_settings_of_a_session(terminal: type[Terminal], bundle: Path) -> None:
     ):
         assert session.answer(line) == message
     assert "top_k = 3\n" in session.answer("/set")
-    session.answer("/set num_beams 3")
+    assert session.answer("/set num_beams 3") == "num_beams = 3"
     assert session.answer("/regen") == expected("a cat", 0, num_beams=3, top_k=3)
     session.type("\x04")  # Ctrl-D
     assert session.process.wait(timeout=30) == 0
@@ -206,6 +206,8 @@ def test_the_end_of_the_context(terminal: type[Terminal], bundle: Path) -> None:
     session.read_until("> $")
     session.answer(words)
     assert "80 generated" in session.answer("/stats")
+    assert session.answer("/set num_beams 2").endswith("num_beams 1 does again")
+    assert session.answer("/set num_beams 1") == "num_beams = 1"
 
 
 def test_line_ends_can_be_typed_as_escapes(terminal: type[Terminal], bundle: Path, tmp_path: Path) -> None:
