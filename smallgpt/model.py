@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smallgpt.attention import causal_attention, later_keys
 from smallgpt.checkpoint import load_checkpoint, save_checkpoint
 from smallgpt.cli import MismatchError
 from smallgpt.config import ModelConfig
@@ -39,22 +40,26 @@ class Attention(nn.Module):
         normed = config.architecture == "qwen3"
         self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if normed else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS) if normed else None
+        self.later: Tensor
+        self.register_buffer("later", later_keys(config.max_seq_len), persistent=False)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, _ = x.shape
         q, k, v = self.project(x, rotary)
-        mask = None
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, K, P + T, d)
-            # is_causal aligns to the top left corner, which is wrong with a past; one query sees everything.
-            if T > 1:
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
         present = (k, v)
         if self.kv_heads != self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))  # (B, H, P + T, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None)  # (B, H, T, d)
+        if past is None:
+            y = causal_attention(q, k, v, self.later)  # (B, H, T, d)
+        else:
+            # is_causal aligns to the top left corner, which is wrong with a past; one query sees everything.
+            P = k.shape[2] - T
+            mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P) if T > 1 else None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1)), present
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

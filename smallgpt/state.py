@@ -20,7 +20,7 @@ from smallgpt.tokens import TokenFile
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("distributed", "loop", "model", "optim", "score", "state", "tokens")  # what a training computes with
+SOURCES = ("attention", "distributed", "loop", "model", "optim", "score", "state", "tokens")  # what it computes with
 
 
 @dataclass

@@ -46,6 +46,7 @@ LEVELS = [
         "metrics",
         "openapi",
         "quantize",
+        "attention",
     },
     {"config", "tokenizer", "bundle", "builder", "options", "machine"},
     {"tokens", "checkpoint", "corpus", "optim", "distributed", "generation", "session"},
