@@ -41,7 +41,17 @@ class _Beam:
     ids: tuple[int, ...]
     logprob: float  # sum over ids
     row: int  # whose cache it continues
+    text: str  # of ids, as far as it is certain
+    stream: TextStream  # has the rest
     finish: Finish | None = None
+
+    def then(self, token: int, logprob: float, ends: Sequence[int]) -> "_Beam":
+        """This beam with one more token, which ends it if it is one of `ends` or completes a stop string."""
+        stream = self.stream.copy()
+        text = self.text if token in ends else self.text + stream.feed(token)
+        finish: Finish | None = "stop" if token in ends or stream.stopped else None
+        finish = "eos" if token == ends[0] else finish
+        return _Beam((*self.ids, token), logprob, self.row, text, stream, finish)
 
 
 def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig) -> Iterator[BeamStep]:
@@ -67,7 +77,7 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
     model.reserve(beams, min(model.max_seq_len, len(prompt) + limit))
     logits = model.fill(0, np.array([prompt]), np.array([len(prompt)]))
     model.select([0] * beams)
-    running = [_Beam((), 0.0, 0)]
+    running = [_Beam((), 0.0, 0, "", tokenizer.stream(config.stop))]
     finished: list[tuple[float, _Beam]] = []  # best first
     shown = tokenizer.stream(config.stop)
     agreed = 0
@@ -97,12 +107,12 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
             if rank >= beams and len(going) == beams:
                 break
             parent, token = running[index // logits.shape[-1]], index % logits.shape[-1]
-            beam = _Beam((*parent.ids, token), float(pool[index]), parent.row)
-            finish = _finish(beam.ids, config, ends, tokenizer.stream(config.stop)) or last
-            if finish is None:
+            beam = parent.then(token, float(pool[index]), ends)
+            beam = replace(beam, finish=beam.finish or last)
+            if beam.finish is None:
                 going.append(beam)
             elif rank < beams:  # lower ones are only there to replace those that end
-                finished.append((beam.logprob / length**config.length_penalty, replace(beam, finish=finish)))
+                finished.append((beam.logprob / length**config.length_penalty, beam))
         finished = sorted(finished, key=lambda item: -item[0])[:beams]
         if not going or _settled(going, finished, config, length, limit):
             break
@@ -113,24 +123,12 @@ def beam_search(model: Decoder, prompt: Sequence[int], config: GenerationConfig)
         running = [replace(beam, row=row) for row, beam in enumerate(going)]
         logits = model.step(np.array([beam.ids[-1] for beam in running]))
     done = tuple(
-        Hypothesis(beam.ids, _text(beam, ends, tokenizer.stream(config.stop)), score, beam.finish or "length")
+        Hypothesis(beam.ids, beam.text + beam.stream.finish(), score, beam.finish or "length")
         for score, beam in finished[: config.num_return_sequences]
     )
     rest = finished[0][1].ids[agreed:]
     text = "".join(shown.feed(token) for token in rest if token not in ends)
     yield BeamStep(text + shown.finish(), done)
-
-
-def _finish(ids: Sequence[int], config: GenerationConfig, ends: Sequence[int], stream: TextStream) -> Finish | None:
-    """Why a beam ends with its last token, if it does."""
-    if ids[-1] in ends:
-        return "eos" if ids[-1] == ends[0] else "stop"
-    if config.stop:
-        for token in ids:
-            stream.feed(token)
-        if stream.stopped:
-            return "stop"
-    return None
 
 
 def _settled(
@@ -151,7 +149,3 @@ def _shared(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     first, last = min(sequences), max(sequences)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:same]
-
-
-def _text(beam: _Beam, ends: Sequence[int], stream: TextStream) -> str:
-    return "".join(stream.feed(token) for token in beam.ids if token not in ends) + stream.finish()

@@ -103,6 +103,13 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
+    def copy(self) -> "TextStream":
+        """A stream that goes on from here on its own."""
+        other = TextStream(self._token_bytes, self._stop)
+        other._decoder.setstate(self._decoder.getstate())
+        other._held, other.stopped = self._held, self.stopped
+        return other
+
     def feed(self, token: int) -> str:
         """Take one more id and return the text that is now certain."""
         return self._release(self._decoder.decode(self._token_bytes[token]), final=False)

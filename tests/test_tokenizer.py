@@ -174,6 +174,21 @@ def test_a_stream_is_the_text_up_to_the_first_stop(cuts: list[bytes], stop: list
     assert stream.stopped == any(s in joined for s in stop)
 
 
+@given(st.lists(pieces, max_size=8), st.lists(pieces, max_size=4), st.lists(abc.filter(bool), max_size=2))
+@example([b"xa\xc3"], [b"\xa9b"], ["ab"])
+@example([b"xa"], [b"b"], ["ab"])
+def test_a_copied_stream_goes_on_alone(before: list[bytes], after: list[bytes], stop: list[str]) -> None:
+    def rest(stream: TextStream) -> tuple[str, bool]:
+        text = "".join(stream.feed(len(before) + i) for i in range(len(after))) + stream.finish()
+        return text, stream.stopped
+
+    stream, same = TextStream([*before, *after], stop), TextStream([*before, *after], stop)
+    for token in range(len(before)):
+        assert stream.feed(token) == same.feed(token)
+    first, second = stream.copy(), stream.copy()
+    assert rest(first) == rest(second) == rest(stream) == rest(same)
+
+
 @given(st.data())
 def test_a_stream_of_real_tokens(tokenizer: Tokenizer, data: st.DataObject) -> None:
     text = data.draw(texts)
