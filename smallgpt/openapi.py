@@ -3,14 +3,31 @@
 from typing import Any
 
 from smallgpt import __version__
+from smallgpt.sampling import RANGES
 
 MAX_LOGPROBS = 20
 
-_WHOLE, _NUMBER, _FLAG = {"type": "integer"}, {"type": "number"}, {"type": "boolean"}
+_WHOLE, _FLAG = {"type": "integer"}, {"type": "boolean"}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _TEXT = {"type": "string"}
 _TEXTS = {"type": "array", "items": _TEXT}
-# Every field of a request: its JSON schema. Those from `temperature` on are fields of GenerationConfig.
+_NOTES = {
+    "temperature": "0 is greedy",
+    "top_k": "0 is off",
+    "repeat_last_n": "tokens that the penalties look at; -1 is all",
+    "max_length": "tokens of prompt and continuation; 0 is off",
+    "max_time": "seconds",
+}
+
+
+def _number(name: str) -> dict[str, Any]:
+    """The schema of a number of GenerationConfig."""
+    kind, low, high = RANGES[name]
+    schema: dict[str, Any] = {"type": "integer" if kind is int else "number", "minimum": low, "maximum": high}
+    return schema | ({"description": _NOTES[name]} if name in _NOTES else {})
+
+
+# Every field of a request: its JSON schema. Those after `user` are fields of GenerationConfig.
 FIELDS: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "description": "the name that /v1/models gives; may be left out"},
     "prompt": {
@@ -26,26 +43,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     "best_of": {**_WHOLE, "description": "only n itself"},
     "suffix": {"type": "string", "description": "only an empty one"},
     "user": {"type": "string", "description": "not used"},
-    "temperature": {**_NUMBER, "minimum": 0, "maximum": 100, "description": "0 is greedy"},
-    "top_k": {**_WHOLE, "minimum": 0, "description": "0 is off"},
-    "top_p": {**_NUMBER, "exclusiveMinimum": 0, "maximum": 1},
-    "min_p": {**_NUMBER, "minimum": 0, "maximum": 1},
-    "repetition_penalty": {**_NUMBER, "minimum": 1e-3, "maximum": 1e3},
-    "presence_penalty": {**_NUMBER, "minimum": -100, "maximum": 100},
-    "frequency_penalty": {**_NUMBER, "minimum": -100, "maximum": 100},
-    "repeat_last_n": {**_WHOLE, "minimum": -1, "description": "tokens that the penalties look at; -1 is all"},
-    "no_repeat_ngram_size": {**_WHOLE, "minimum": 0},
-    "logit_bias": {"type": "object", "additionalProperties": _NUMBER, "description": "by token id"},
-    "num_beams": {**_WHOLE, "minimum": 1},
-    "length_penalty": {**_NUMBER, "minimum": -100, "maximum": 100},
+    **{name: _number(name) for name in RANGES if name not in ("max_new_tokens", "num_return_sequences")},
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "seed": {**_WHOLE, "minimum": -1, "description": "-1, as none at all, draws one, which the response names"},
+    "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "by token id"},
     "early_stopping": {"anyOf": [_FLAG, {"const": "never"}]},
-    "min_new_tokens": {**_WHOLE, "minimum": 0},
-    "max_length": {**_WHOLE, "minimum": 0, "description": "tokens of prompt and continuation; 0 is off"},
-    "max_time": {**_NUMBER, "minimum": 0, "description": "seconds"},
     "stop": {"anyOf": [{"type": "string"}, _TEXTS]},
     "stop_token_ids": _IDS,
     "ignore_eos": _FLAG,
-    "seed": {**_WHOLE, "minimum": -1, "description": "-1, as none at all, draws one, which the response names"},
 }
 
 

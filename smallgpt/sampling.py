@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 _LARGEST = 2**31
-# name: (type, smallest, largest)
-_RANGES: dict[str, tuple[type, float, float]] = {
+# name: (type, smallest, largest); top_p is above 0
+RANGES: dict[str, tuple[type, float, float]] = {
     "temperature": (float, 0, 100),
     "top_k": (int, 0, _LARGEST),
     "top_p": (float, 0, 1),
@@ -80,7 +80,7 @@ class GenerationConfig:
             raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
         object.__setattr__(self, "stop_token_ids", tuple(ids))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
-        for name, (kind, low, high) in _RANGES.items():
+        for name, (kind, low, high) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
                 raise ValueError(f"{name} is {value!r}; it must be {'a whole number' if kind is int else 'a number'}")
