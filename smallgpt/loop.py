@@ -1,6 +1,7 @@
 """The training loop: deterministic, stopped between two steps, and never updated with a number that is not finite."""
 
 import ctypes
+import gc
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import FrameType
 
@@ -140,10 +142,21 @@ def set_up_process(threads: int) -> None:
     # It only shows errors of PyTorch, and takes 3 % of an eager step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # glibc gives every large tensor back to the system when it is freed, and has the next one's pages cleared again.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
-            mallopt(name, value)
+    for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
+        glibc("mallopt", name, value)
+
+
+def return_memory() -> None:
+    """Give unused memory to the system once: what compiling leaves is too scattered for large tensors."""
+    gc.collect()
+    glibc("malloc_trim", 0)
+
+
+def glibc(function: str, *arguments: int) -> None:
+    """Call a function that only glibc has; elsewhere nothing happens."""
+    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if found:
+        found(*arguments)
 
 
 def pick_compile(settings: TrainingConfig) -> bool:
@@ -177,7 +190,15 @@ def compiled(model: SmallGPT, config: Config) -> Callable[[Tensor, Tensor], Tens
     if not pick_compile(settings):
         return loss_function
     # PyTorch's own generator for dropout: on a CPU the compiler's draws one number at a time.
-    return torch.compile(loss_function, options={"fallback_random": True})
+    fast_function = torch.compile(loss_function, options={"fallback_random": True})
+    calls = count()
+
+    def after_compiling(ids: Tensor, targets: Tensor) -> Tensor:
+        if next(calls) == 1:  # the first call and its way back have compiled everything
+            return_memory()
+        return fast_function(ids, targets)
+
+    return after_compiling
 
 
 def validate(config: Config, state: TrainState, data: TokenFile, tracker: Tracker) -> None:
