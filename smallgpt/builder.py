@@ -10,6 +10,7 @@ from smallgpt.quantize import Quantized
 
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 MOST_COLUMNS = 512  # of a row that share a scale in integer products: fewer round less and cost time
+LEVELS_BELOW = 16  # of 256 where a row has a known least value close to zero
 
 
 class GraphBuilder:
@@ -57,25 +58,28 @@ class GraphBuilder:
         self.constant(name, weight.values)
         self.constant(f"{name}.scales", weight.scales)
 
-    def product(self, x: str, name: str, weight: Quantized, output: str, bias: str = "") -> str:
-        """x W^T (+ bias) for a matrix (N, K) that is stored: (..., K) -> (..., N)."""
+    def product(
+        self, x: str, name: str, weight: Quantized, output: str, bias: str = "", least: float | None = None
+    ) -> str:
+        """x W^T (+ bias) for a matrix (N, K) that is stored: (..., K) -> (..., N); no x is below `least`, if given."""
         if self.integers:
-            x = self.by_integers(x, name, weight, f"{name}.product" if bias else output)
+            x = self.by_integers(x, name, weight, f"{name}.product" if bias else output, least)
             return self.add("Add", [x, bias], output) if bias else x
         inputs = [x, name, f"{name}.scales", *(["", "", bias] if bias else [])]
         shape = {"K": weight.columns, "N": len(weight.values), "bits": weight.bits, "block_size": weight.block}
         # Level 4 computes with inputs in 8 bits; the others turn the weights into floats first, which is slow.
         return self.add("MatMulNBits", inputs, output, domain=CONTRIB, accuracy_level=4, **shape)
 
-    def by_integers(self, x: str, name: str, weight: Quantized, output: str) -> str:
+    def by_integers(self, x: str, name: str, weight: Quantized, output: str, least: float | None) -> str:
         """x W^T in integers of 8 bits; the matrix gets new levels, one scale an output, when a session starts.
 
-        A row of x has scales of its own, one for each MOST_COLUMNS, so its result depends on no other row.
+        A row of x has a scale of its own, or without `least` one for each MOST_COLUMNS, so its result depends on no
+        other row.
         """
         levels, scales = self.columns(name, weight)
         count = -(-weight.columns // MOST_COLUMNS)
-        if count == 1:
-            return self.integers_of(x, levels, scales, output)
+        if count == 1 or least is not None:
+            return self.integers_of(x, levels, scales, output, least)
         sizes = [len(part) for part in np.array_split(np.arange(weight.columns), count)]
         self.constant(f"{name}.sizes", np.array(sizes))
         inputs, matrices = ([f"{of}.part{i}" for i in range(count)] for of in (output, name))
@@ -84,18 +88,25 @@ class GraphBuilder:
         pairs = zip(inputs, matrices, strict=True)
         return self.add("Sum", [self.integers_of(x, w, scales, f"{x}.product") for x, w in pairs], output)
 
-    def integers_of(self, x: str, levels: str, scales: str, output: str) -> str:
-        """Rows (..., K) with one scale each, times levels (K, N) int8 with scales (N,)."""
+    def integers_of(self, x: str, levels: str, scales: str, output: str, least: float | None = None) -> str:
+        """Rows (..., K) with one scale each, times levels (K, N) int8 with scales (N,).
+
+        Of the 256 levels of x half are for values below zero, or with `least` LEVELS_BELOW.
+        """
+        below = 128 if least is None else LEVELS_BELOW
         self.constant("last", np.array([-1]))
-        self.constant("level", np.array(1 / 127, np.float32))
         self.constant("one", np.array(1, np.float32))
-        self.constant("middle", np.array(128, np.uint8))
-        largest = self.add("Abs", [x], f"{output}.abs")
+        zero = self.constant(f"level.{below}", np.array(below, np.uint8))
+        share = self.constant(f"step.{below}", np.array(1 / (255 - below), np.float32))
+        largest = x if least is not None else self.add("Abs", [x], f"{output}.abs")
         largest = self.add("ReduceMax", [largest, "last"], f"{output}.max")  # (..., 1)
-        step = self.add("Mul", [largest, "level"], f"{output}.step")
+        step = self.add("Mul", [largest, share], f"{output}.step")
+        if least is not None:  # reach down to it
+            floor = self.constant(f"{output}.least", np.array(-least / below, np.float32))
+            step = self.add("Max", [step, floor], f"{output}.reach")
         scaled = self.add("Div", [x, step], f"{output}.scaled")
-        rounded = self.add("QuantizeLinear", [scaled, "one", "middle"], f"{output}.rounded")
-        inputs = [rounded, levels, "one", scales, "middle"]
+        rounded = self.add("QuantizeLinear", [scaled, "one", zero], f"{output}.rounded")
+        inputs = [rounded, levels, "one", scales, zero]
         product = self.add("MatMulIntegerToFloat", inputs, f"{output}.integers", domain=CONTRIB)
         return self.add("Mul", [product, step], output)
 

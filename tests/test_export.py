@@ -226,17 +226,20 @@ def test_logits_do_not_depend_on_the_batch(pair) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("columns", "bias"), [(40, False), (40, True), (1100, True)])
-def test_products_in_integers(bits: int, columns: int, bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("columns", "bias", "least"), [(40, False, None), (40, True, None), (1100, True, None), (1100, False, -0.2)]
+)
+def test_products_in_integers(bits: int, columns: int, bias: bool, least: float | None) -> None:
     """Against sums of whole numbers in NumPy, each part of a row with its scale; a row of zeros stays zeros."""
     draw = np.random.default_rng(bits)
     x, offset = draw.standard_normal((2, 5, columns), np.float32), draw.standard_normal(24, np.float32) * bias
+    x = np.maximum(x, least) if least else x
     x[1, 2] = 0
     x[0, 0, -1] = 50
     weight = quantize(draw.standard_normal((24, columns), np.float32), bits, np.eye(columns) if bits == 4 else None)
     builder = GraphBuilder("float32", integers=True)
     builder.quantized("w", weight)
-    builder.product("x", "w", weight, "y", builder.weight("offset", offset) if bias else "")
+    builder.product("x", "w", weight, "y", builder.weight("offset", offset) if bias else "", least)
     value = onnx.helper.make_tensor_value_info
     ends = [value("x", onnx.TensorProto.FLOAT, [2, 5, columns])], [value("y", onnx.TensorProto.FLOAT, [2, 5, 24])]
     graph = onnx.helper.make_graph(builder.nodes, "product", *ends, list(builder.constants.values()))
@@ -249,9 +252,11 @@ def test_products_in_integers(bits: int, columns: int, bias: bool) -> None:
     of_outputs = weight.scales[:, 0] if bits == 8 else np.abs(matrix).max(1) / 127
     levels = np.rint(matrix / of_outputs[:, None]).astype(np.int64)
     expected = np.broadcast_to(offset, result.shape).astype(np.float64)
-    for part in np.array_split(np.arange(columns), -(-columns // MOST_COLUMNS)):
+    for part in np.array_split(np.arange(columns), 1 if least else -(-columns // MOST_COLUMNS)):
         inputs = x[..., part]
         steps = np.abs(inputs).max(-1, keepdims=True) / 127
+        if least:  # 16 of the 256 levels reach down to it
+            steps = np.maximum(inputs.max(-1, keepdims=True) / 239, -least / 16)
         inputs = np.rint(np.divide(inputs, steps, out=np.zeros_like(inputs), where=steps > 0)).astype(np.int64)
         expected = expected + inputs @ levels[:, part].T * steps * of_outputs
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
