@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from smallgpt.checkpoint import save_checkpoint
-from smallgpt.cli import MismatchError, processors, run
+from smallgpt.cli import MismatchError, StoppedError, processors, run
 from smallgpt.config import Config, load_config, parse_config
 from smallgpt.corpus import prepare, read_splits
 from smallgpt.distributed import Ranks, join_ranks
@@ -102,18 +102,32 @@ def train(
             tracker.log_params(config.model_dump(include={"model", "training"}))
             for split, file in data.items():
                 tracker.log_dataset(split, file.text_sha256, context=split)
-            started, first = time.perf_counter(), state.step
-            loop(config, state, data, folder, tracker, ranks)
-            seconds = time.perf_counter() - started
+            started, before = time.perf_counter(), seconds_before(folder, state.step)
+            try:
+                loop(config, state, data, folder, tracker, ranks)
+            except StoppedError:
+                if ranks.first and before is not None:
+                    stopped = {"step": state.step, "seconds": before + time.perf_counter() - started}
+                    write_json(folder / "seconds.json", stopped)
+                raise
+            seconds = None if before is None else before + time.perf_counter() - started
             if ranks.first:
                 summary = finish(config, state, data, tokenizer, out, reports)
-                write_facts(work / "runs", out, summary, seconds if first == 0 else None, device, ranks)
+                write_facts(work / "runs", out, summary, seconds, device, ranks)
                 tracker.set_tags({MODEL_TAG: sha256_file(out / "model.safetensors")})
                 tracker.log_artifact(reports)
         if ranks.first:
             clear_states(folder)
+            (folder / "seconds.json").unlink(missing_ok=True)
         ranks.wait()
         return dict(json.loads((reports / "summary.json").read_text(encoding="utf-8")))
+
+
+def seconds_before(folder: Path, step: int) -> float | None:
+    """What the runs up to `step` took, if the last of them stopped right there; None after one that was killed."""
+    path = folder / "seconds.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if step and path.is_file() else {"step": 0, "seconds": 0.0}
+    return float(saved["seconds"]) if saved["step"] == step else None
 
 
 @contextmanager
@@ -186,7 +200,7 @@ def write_facts(
 ) -> None:
     """What depends on the machine and not on the settings, for `smallgpt.results`.
 
-    A resumed run has no time of its own; it does not take the place of the one that made the same weights before.
+    A run whose time is not known does not take the place of one that made the same weights before.
     """
     path = folder / f"{sha256_file(out / 'model.safetensors')[:16]}.json"
     if seconds is None and path.is_file():

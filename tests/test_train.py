@@ -277,6 +277,36 @@ def test_a_resumed_run_keeps_the_time_that_was_measured_for_the_same_weights(tmp
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_the_time_of_a_stopped_training_is_that_of_all_its_runs(runner: Runner) -> None:
+    def stopped(**changes: float) -> Path:
+        """Stop a new training after step 3 and change what it says of its time."""
+        shutil.rmtree(runner.folder, ignore_errors=True)
+        with pytest.raises(StoppedError):
+            runner(configure(), at=3, call=send(signal.SIGTERM))
+        [path] = (runner.folder / "work").glob("*/seconds.json")
+        found = json.loads(path.read_text())
+        assert found["step"] == 3
+        assert found["seconds"] > 0
+        path.write_text(json.dumps({**found, **changes}))
+        return path
+
+    def seconds() -> float | None:
+        [path] = (runner.folder / "work/runs").iterdir()
+        found: float | None = json.loads(path.read_text())["seconds"]
+        return found
+
+    path = stopped(seconds=1e6)
+    with pytest.raises(StoppedError):
+        runner(configure(), at=5, call=send(signal.SIGTERM))
+    assert json.loads(path.read_text())["step"] == 5
+    runner(configure())
+    assert 1e6 < (seconds() or 0) < 2e6
+    assert not path.exists()
+    stopped(step=2)  # of a run whose later ones were killed
+    runner(configure())
+    assert seconds() is None
+
+
 def test_checkpoint_interval_does_not_change_the_result(runner: Runner) -> None:
     runner(RECIPES["adamw"])
     expected = runner.outs
