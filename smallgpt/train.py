@@ -124,10 +124,14 @@ def train(
 
 
 def seconds_before(folder: Path, step: int) -> float | None:
-    """What the runs up to `step` took, if the last of them stopped right there; None after one that was killed."""
-    path = folder / "seconds.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if step and path.is_file() else {"step": 0, "seconds": 0.0}
-    return float(saved["seconds"]) if saved["step"] == step else None
+    """What the runs up to `step` took, if the last of them stopped right there; None if that is not known."""
+    if not step:
+        return 0.0
+    try:
+        saved = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+        return float(saved["seconds"]) if saved["step"] == step else None
+    except (OSError, ValueError, KeyError, TypeError):  # not there after a kill, or damaged
+        return None
 
 
 @contextmanager

@@ -305,6 +305,9 @@ def test_the_time_of_a_stopped_training_is_that_of_all_its_runs(runner: Runner) 
     stopped(step=2)  # of a run whose later ones were killed
     runner(configure())
     assert seconds() is None
+    stopped().write_text("{")
+    runner(configure())
+    assert seconds() is None
 
 
 def test_checkpoint_interval_does_not_change_the_result(runner: Runner) -> None:
