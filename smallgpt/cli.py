@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"  # what a device of ONNX Runtime may be called
+PROCESSORS = Path("/sys/devices/system/cpu")
 
 
 class MismatchError(ValueError):
@@ -39,6 +40,17 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cores() -> int:
+    """Physical cores of those processors, where the system says which share one; else each counts."""
+    if not hasattr(os, "sched_getaffinity"):
+        return processors()
+    found = set()
+    for number in os.sched_getaffinity(0):
+        siblings = PROCESSORS / f"cpu{number}/topology/thread_siblings_list"
+        found.add(siblings.read_text(encoding="ascii") if siblings.is_file() else str(number))
+    return len(found)
 
 
 @contextlib.contextmanager
@@ -86,6 +98,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         named = error.filename is not None and error.strerror
         code = _report(f"{error.filename}: {named.lower()}; name another path" if named else error, 2)
+    except MemoryError as error:
+        code = _report(f"not enough memory: {error}" if str(error) else "not enough memory", 2)
     except ValueError as error:
         code = _report(error, 2)
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from smallgpt.cli import run
 from smallgpt.config import PrepareConfig
 from smallgpt.download import download, verify
-from smallgpt.files import decode_utf8, expand, line_of, replace_folder, sha256_bytes, write_atomic, write_json
+from smallgpt.files import decode_text, expand, replace_folder, sha256_bytes, to_lf, write_atomic, write_json
 from smallgpt.stories import generate_stories
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _text_files(path: Path) -> list[Path]:
 
 def _read(path: Path) -> list[str]:
     """Documents of a file that have text in them: the lines of a .jsonl, else the whole file."""
-    text = _decode(path.read_bytes(), str(path))
+    text = decode_text(path.read_bytes(), str(path))
     documents = [text]
     if path.suffix.lower() == ".jsonl":
         lines = enumerate(text.split("\n"), 1)
@@ -196,18 +196,6 @@ def _read(path: Path) -> list[str]:
     if len(kept) < len(documents):
         log.warning("%s: left out %d document(s) without text", path, len(documents) - len(kept))
     return kept
-
-
-def _decode(data: bytes, name: str) -> str:
-    """UTF-8 without its byte order mark, with LF line ends."""
-    text = decode_utf8(data, name)
-    if (start := data.find(b"\0")) >= 0:
-        raise ValueError(f"{name} line {line_of(data, start)}, byte {start}: a NUL byte; save the file as UTF-8 text")
-    return _newlines(text.removeprefix("\ufeff"))
-
-
-def _newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _document(line: str, place: str) -> str:
@@ -221,7 +209,7 @@ def _document(line: str, place: str) -> str:
         raise ValueError(f'{place}: no string under "text"; {remedy}')
     if bad := re.search("[\0\ud800-\udfff]", text):
         raise ValueError(f"{place}: \\u{ord(bad[0]):04x}, a NUL or a lone surrogate, is no text; remove it")
-    return _newlines(text)
+    return to_lf(text)
 
 
 def _json_line(document: str) -> str:
@@ -296,7 +284,7 @@ def _wikitext2(folder: Path) -> dict[str, list[str]]:
         files = _split_files(zipfile.Path(_downloaded("wikitext2", folder), "wikitext-2/"))
     for split, checksum in WIKITEXT2_CHECKSUMS.items():
         verify(files[split].read_bytes(), str(files[split]), checksum, "remove it to use the published file")
-    return {split: [_decode(file.read_bytes(), str(file))] for split, file in files.items()}
+    return {split: [decode_text(file.read_bytes(), str(file))] for split, file in files.items()}
 
 
 def main() -> None:

@@ -33,6 +33,19 @@ def decode_utf8(data: bytes, name: str) -> str:
         raise ValueError(f"{place}: 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
 
 
+def decode_text(data: bytes, name: str) -> str:
+    """Text of a corpus file `name`: UTF-8 without its byte order mark, with LF line ends; else ValueError."""
+    text = decode_utf8(data, name)
+    if (start := data.find(b"\0")) >= 0:
+        raise ValueError(f"{name} line {line_of(data, start)}, byte {start}: a NUL byte; save the file as UTF-8 text")
+    return to_lf(text.removeprefix("\ufeff"))
+
+
+def to_lf(text: str) -> str:
+    """The text with LF line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def line_of(data: bytes, offset: int) -> int:
     """Number of the line, from 1, in which the byte at `offset` stands."""
     return len(re.findall(rb"\r\n|\r|\n", data[:offset])) + 1
@@ -47,7 +60,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name that is as long as may be has room for no more
     with temporary.open("wb") as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
         file.flush()

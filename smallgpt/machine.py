@@ -4,7 +4,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smallgpt.cli import DeviceError, processors
+from smallgpt.cli import DeviceError, cores
 
 if TYPE_CHECKING:  # only `pick_device` needs PyTorch
     import torch
@@ -16,7 +16,7 @@ def describe_machine() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{processors()} cores of {name}"
+    return f"{cores()} cores of {name}"
 
 
 def pick_device(name: str, setting: str = "training.device") -> "torch.device":

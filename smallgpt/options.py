@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="auto, cpu, cuda or cuda:N")
-    add("-t", "--threads", metavar="N", help="default: all processors, at most 8")
+    add("-t", "--threads", metavar="N", help="default: all cores, at most 8")
     add(
         "--session-option",
         action="append",
@@ -239,7 +239,7 @@ def unescape(text: str) -> str:
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """The prompts from -p, -f, --batch-file or a stdin that is no terminal; ValueError where there is none."""
     if options.batch_file is not None:
-        text = read_text(options.batch_file)
+        text = _read_text(options.batch_file)
         if options.batch_file.suffix == ".jsonl":
             prompts = json_fields(text, options.batch_file, "prompt")
         else:
@@ -250,15 +250,14 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None and options.prompt != "-":
         return [options.prompt]
     if options.file is not None:
-        return [read_text(options.file)]
+        return [_read_text(options.file)]
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("there is no prompt; give one with -p, with -f FILE or on stdin")
     # One newline at the end of stdin is not part of the prompt.
     return [decode_utf8(sys.stdin.buffer.read(), "stdin").removesuffix("\n")]
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file; ValueError names the first byte that is none."""
+def _read_text(path: Path) -> str:
     return decode_utf8(path.read_bytes(), str(path))
 
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from smallgpt import cli
 from smallgpt.beams import beam_search
 from smallgpt.bundle import load_bundle
-from smallgpt.files import write_atomic
+from smallgpt.files import decode_text, to_lf, write_atomic
 from smallgpt.generation import Batch, Finish, Piece, check_prompt
-from smallgpt.options import json_fields, parse, read_prompts, read_text, settings
+from smallgpt.options import json_fields, parse, read_prompts, settings
 from smallgpt.runtime import OrtGPT, check_golden
 from smallgpt.sampling import GenerationConfig
 from smallgpt.score import count_words, score_with, summarize
@@ -216,14 +216,17 @@ class Work:
 
 
 def score_file(model: OrtGPT, path: Path) -> dict[str, Any]:
-    """The figures of a text file, or of the documents of a .jsonl, as the evaluate stage computes them.
+    """The figures of a text file, or of the documents of a .jsonl, as the pipeline reads and computes them.
 
     Each document is followed by `<|eos|>`, which is scored too; windows do not overlap, the `sliding_` figures have a
-    stride of half the context. Raises ValueError for an empty file.
+    stride of half the context. Documents without text are left out; ValueError where no other is.
     """
-    text = read_text(path)
-    documents = json_fields(text, path, "text") if path.suffix == ".jsonl" else [text]
-    if not any(documents):
+    text = decode_text(path.read_bytes(), str(path))
+    documents = [text]
+    if path.suffix.lower() == ".jsonl":
+        documents = [to_lf(document) for document in json_fields(text, path, "text")]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
         raise ValueError(f"{path} holds no text")
     eos, context = model.tokenizer.eos_id, model.max_seq_len
     ids = [eos]

@@ -214,9 +214,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--allowed-host", metavar="NAME", default=[], action="append", type=str, help="Host header beside IP addresses")
     add("-a", "--alias", metavar="NAME", type=str, help="the model's name; default: smallgpt- and the variant")
     add("--device", metavar="DEVICE", default="auto", type=str, help="auto, cpu, cuda or cuda:N")
-    add(
-        "-t", "--threads", default=0, type=functools.partial(_number, int, 0), help="default: all processors, at most 8"
-    )
+    add("-t", "--threads", default=0, type=functools.partial(_number, int, 0), help="default: all cores, at most 8")
     add(
         "--session-option",
         metavar="KEY=VALUE",

@@ -15,7 +15,7 @@ from typing import Any
 import onnxruntime
 
 from smallgpt.bundle import Bundle
-from smallgpt.cli import DEVICES, DeviceError, MismatchError, processors
+from smallgpt.cli import DEVICES, DeviceError, MismatchError, cores
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,15 @@ def open_session(bundle: Bundle, device: str, threads: int, entries: Sequence[tu
     if device == "cuda" and "cuda" not in devices:
         raise DeviceError(f"{bundle.folder} is a {variant} bundle for {', '.join(devices)}; take exports/fp16 for cuda")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or min(8, processors())
+    options.intra_op_num_threads = threads or min(8, cores())
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # else each call computes the matrices' levels
     options.add_session_config_entry("session.x64quantprecision", str(int(products_overflow())))
     for key, value in entries:
-        options.add_session_config_entry(key, value)
+        try:
+            options.add_session_config_entry(key, value)
+        except (RuntimeError, TypeError):  # too long, or no UTF-8
+            raise ValueError(f"onnxruntime does not take {f'{key}={value}'[:80]!r} as a session option") from None
     options.log_severity_level = 4  # what goes wrong arrives as an exception or is asked for below
     if "cuda" in devices and device != "cpu":
         problem = missing_for_cuda()

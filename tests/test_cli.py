@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smallgpt import cli
 from smallgpt.cli import interrupts
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,13 @@ def start(body: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
         ("return 5", 5, ""),
         ("raise FloatingPointError('the loss is nan')", 1, "error: the loss is nan\n"),
         ("raise ValueError('batch_size is 0')", 2, "error: batch_size is 0\n"),
+        ("bytearray(2**62)", 2, "error: not enough memory\n"),
+        (
+            "import numpy; numpy.zeros(2**50, 'i1')",
+            2,
+            "error: not enough memory: Unable to allocate 1.00 PiB for an array with shape (1125899906842624,) and "
+            "data type int8\n",
+        ),
         ("raise FileNotFoundError('x.txt does not exist')", 2, "error: x.txt does not exist\n"),
         ("open('/no/such/file')", 2, "error: /no/such/file: no such file or directory; name another path\n"),
         (
@@ -53,6 +61,16 @@ def test_exit_code_and_message(body: str, code: int, stderr: str) -> None:
     process = start(body)
     assert process.communicate() == ("done\n" if "done" in body else "", stderr)
     assert process.returncode == code
+
+
+def test_two_threads_of_a_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 6}, raising=False)
+    monkeypatch.setattr(cli, "PROCESSORS", tmp_path)
+    assert cli.cores() == 5  # nothing is said
+    for number, siblings in {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5", 6: "2,6"}.items():
+        (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{siblings}\n")
+    assert cli.cores() == 3
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:

@@ -30,6 +30,12 @@ def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
     assert names(path.parent) == ["b.txt"]
 
 
+def test_the_longest_name_is_written(tmp_path: Path) -> None:
+    name = "é" * 127 + "x"  # 255 bytes
+    write_atomic(tmp_path / name, "text")
+    assert names(tmp_path) == [name]
+
+
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     write_json(path, {"loss": 1.5})

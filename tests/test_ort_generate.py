@@ -77,6 +77,13 @@ def test_golden_logits_catch_another_computation(random_bundles: Path, damaged: 
     code, line = error(run(damaged, "--verify"))
     assert code == 3
     assert "logits differ by 0.01 from those in parity.json, limit 0.001" in line
+    logits[-1] = np.nan
+    certificate["golden"][2]["logits"] = base64.b64encode(logits.tobytes()).decode()
+    write_json(damaged / "parity.json", certificate)
+    write_config(damaged, load_bundle(damaged, verify=False).config)
+    code, line = error(run(damaged, "--verify"))
+    assert code == 3
+    assert "logits differ by nan from those in parity.json" in line
 
 
 def test_only_the_text_is_on_stdout(parrot: Path) -> None:
@@ -366,18 +373,19 @@ def test_output_goes_to_a_file(parrot: Path, tmp_path: Path, capsys: pytest.Capt
 def test_score_is_what_the_evaluate_stage_says(
     random_bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    documents = [tiny.text(7, 90), "", "caf\u00e9 \u65e5\u672c \n", tiny.text(8, 30)]
+    documents = [tiny.text(7, 90), "caf\u00e9 \u65e5\u672c \n", tiny.text(8, 30)]
+    written = [documents[0], "", "caf\u00e9 \u65e5\u672c \r\n", " \n", documents[2]]  # read as the pipeline reads
     model = tiny.random_model("llama")
     assert model.tokenizer is not None
-    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    (tmp_path / "one.txt").write_text(documents[0], encoding="utf-8", newline="")
-    for name, texts in (("documents.jsonl", documents), ("one.txt", documents[:1])):
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\r\n" for text in written))
+    (tmp_path / "one.txt").write_text("\ufeff" + documents[1].replace("\n", "\r\n"), encoding="utf-8", newline="")
+    for name, texts in (("documents.jsonl", documents), ("one.txt", documents[1:2])):
         write_tokens(tmp_path / "tokens", "test", texts, model.tokenizer)
         expected, _ = evaluate_split(model, TokenFile.load(tmp_path / "tokens", "test"), EvaluationConfig(), None)
         found = json.loads(call(capsys, random_bundles / "fp32", "--score", tmp_path / name)[0])
         assert found == pytest.approx(expected, rel=1e-5)
         assert found.keys() == expected.keys()
-    (tmp_path / "one.txt").write_text("")
+    (tmp_path / "one.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"one\.txt holds no text"):
         main([str(random_bundles / "fp32"), "--score", str(tmp_path / "one.txt")])
 

@@ -41,6 +41,12 @@ def test_the_environment_is_left_as_it_was(pair, monkeypatch: pytest.MonkeyPatch
     assert os.environ[VARIABLE] == "0"
 
 
+@pytest.mark.parametrize("entry", [("k" * 2000, "1"), ("", "1"), ("k", "\udcff")])
+def test_what_is_no_session_option_is_one_line(pair, entry: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"^onnxruntime does not take '.*' as a session option$"):
+        OrtGPT(pair[1] / "fp32", threads=1, session=[entry])
+
+
 @pytest.mark.parametrize("flash", ["0", "1"])
 def test_both_kinds_of_attention_agree_with_pytorch(pair, flash: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, bundles = pair
