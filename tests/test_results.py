@@ -6,10 +6,11 @@ import yaml
 
 from smallgpt.cli import MismatchError
 from smallgpt.config import load_config
-from smallgpt.files import sha256_file
+from smallgpt.files import sha256_file, write_json
 from smallgpt.results import add, main
 
 TRAIN = "".join(chr(ord("a") + i * i % 23) for i in range(150)) + "\n"
+FENCED = "y" * 30 + "\n```\n" + "y" * 45
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def project(tmp_path: Path) -> Path:
         (tmp_path / name).write_text(json.dumps(content))
     weights = tmp_path / "models/gpt/model.safetensors"
     weights.write_bytes(b"weights")
-    samples = "".join(f"\n## {i}\n\n```text\n{text}\n```\n" for i, text in enumerate((TRAIN[20:100], "y" * 80)))
+    samples = "".join(f"\n## {i}\n\n```text\n{text}\n```\n" for i, text in enumerate((TRAIN[20:100], FENCED)))
     (tmp_path / "reports/evaluate/samples.md").write_text(
         f"# Samples\n\nPrompt 'a', seed 3.\n\nsha256 {sha256_file(weights)}.\n{samples}"
     )
@@ -77,6 +78,16 @@ def test_the_page_has_a_line_for_each_row(project: Path) -> None:
     lines = [line for line in (project / "page.md").read_text().splitlines() if line.startswith("| my.txt")]
     assert len(lines) == 2
     assert "| valid | gpt2 | 12,345 | 10,000 | 1.5000 | 2.2500 | 2.1250 | - |" in lines[0]
+
+
+@pytest.mark.parametrize(("hardware", "marked"), [("2 cores of a Xeon", True), ("NVIDIA H100", False)])
+def test_the_page_says_whether_a_gpu_was_there(project: Path, hardware: str, marked: bool) -> None:
+    call(project, "add")
+    write_weights(project, b"others")
+    digest = sha256_file(project / "models/gpt/model.safetensors")
+    write_json(project / f".smallgpt/train/runs/{digest[:16]}.json", {"hardware": hardware})
+    call(project, "add")
+    assert ("No model was trained on a GPU yet." in (project / "page.md").read_text()) == marked
 
 
 def test_the_card_shows_samples_and_how_much_of_them_was_read_in_training(project: Path) -> None:
