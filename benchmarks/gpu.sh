@@ -13,14 +13,17 @@
 #
 # The machine needs torch, numpy, sentencepiece, pyyaml and safetensors, for the presets requests and matplotlib too. What
 # else is missing there (pydantic, filelock, tqdm; transformers for the peers) is taken from the wheels and put into a
-# temporary folder. MLflow and DVC are not used. A part that fails is named and the rest goes on. With DEVICE=cpu and
-# OUT=FOLDER a machine without a GPU rehearses: SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1 PER_ROUND=1 TOKENS=20 the first,
-# PRESETS=stories-tiny the second, ONLY=control EPOCHS=0.1 the third. Lists have commas: PARTS=train,ddp.
+# temporary folder. MLflow and DVC are not used. A part that fails is named, keeps what it has measured, and the rest goes
+# on. With DEVICE=cpu and OUT=FOLDER a machine without a GPU rehearses: SHAPES=tiny-gpt2 SEQ_LEN=32 BATCH=4 STEPS=1
+# PER_ROUND=1 TOKENS=20 the first, PRESETS=stories-tiny the second, ONLY=control EPOCHS=0.1 the third. Lists have commas:
+# PARTS=train,ddp.
 set -uo pipefail
 data=${SMALLGPT_DATA_DIR:+$(realpath "$SMALLGPT_DATA_DIR")}
 [ -z "$data" ] || export SMALLGPT_DATA_DIR=$data
+wheels=${1:+$(realpath -m "$1")} OUT=${OUT:+$(realpath -m "$OUT")} BUNDLE=${BUNDLE:+$(realpath -m "$BUNDLE")}
+python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 cd "$(dirname "$0")/.."
-python=$(realpath -s "$(command -v "${PYTHON:-python3}")") device=${DEVICE:-cuda} shapes=${SHAPES:-gpt2,llama}
+device=${DEVICE:-cuda} shapes=${SHAPES:-gpt2,llama}
 parts=,${PARTS:-train,ddp,decode}, limit=560
 asked() { [[ $parts == *,$1,* ]]; }
 if [[ ! $parts =~ ^,(presets|ablations|(train|ddp|decode)(,(train|ddp|decode))*),$ ]]; then
@@ -35,9 +38,9 @@ mkdir -p "${OUT:-reports/bench}"
 out=$(cd "${OUT:-reports/bench}" && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-if [ $# -gt 0 ]; then
+if [ -n "$wheels" ]; then
   # One by one: a wheel for another Python must not keep out the rest.
-  for wheel in "$1"/*.whl; do
+  for wheel in "$wheels"/*.whl; do
     "$python" -m pip install -q --no-index --no-deps --disable-pip-version-check --target "$scratch/packages" "$wheel" ||
       echo "skipped $wheel" >&2
   done
@@ -94,10 +97,11 @@ if asked presets || asked ablations; then
 fi
 
 if asked train; then
+  rm -f "$out"/gpu-train.{json,md} # may be another GPU's
   systems=products,ours,peer
   "$python" -c 'import transformers' 2> /dev/null || { systems=products,ours; failed+=(peers); }
   part train 330 "$python" benchmarks/train.py --device "$device" --shape "$shapes" --only "$systems" \
-    --precision bf16 --seq-len "${SEQ_LEN:-1024}" --batch-size "${BATCH:-64}" --steps "${STEPS:-5}" \
+    --precision bf16 --seq-len "${SEQ_LEN:-1024}" --batch-size "${BATCH:-32}" --steps "${STEPS:-5}" \
     --per-round "${PER_ROUND:-20}" --out "$out/gpu-train.json"
 fi
 
@@ -127,7 +131,8 @@ export device scratch
 if [ "$ranks" -gt 1 ] && asked ddp; then part ddp 120 bash -c curves; fi
 
 if asked decode; then
-  part decode 150 "$python" benchmarks/decode_gpu.py --device "$device" --shape "${shapes%%,*}" --steps "${TOKENS:-400}" \
+  rm -f "$out"/gpu-decode.{json,md}
+  part decode "$(rest)" "$python" benchmarks/decode_gpu.py --device "$device" --shape "${shapes%%,*}" --steps "${TOKENS:-400}" \
     ${BUNDLE:+--bundle "$BUNDLE"} --out "$out/gpu-decode.json"
 fi
 
@@ -140,9 +145,9 @@ asked, ranks, failed = sys.argv[3].split(","), int(sys.argv[4]), sys.argv[5:]
 report = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").is_file() else {}
 files = {"train": out / "gpu-train.json", "ddp": scratch / "ddp.json", "decode": out / "gpu-decode.json"}
 for name, file in files.items():
-    if name in asked:
+    if name in asked and (name != "ddp" or ranks > 1):
         report.pop(name, None)
-        if name not in failed and file.is_file():
+        if file.is_file():  # of a part that failed what it had until then
             report[name] = json.loads(file.read_text())
 (out / "gpu.json").write_text(json.dumps(report | {"processes": ranks, "failed": failed}, indent=2) + "\n")
 for name in report.keys() & {"train", "decode"}:
