@@ -29,7 +29,7 @@ import engines
 import numpy as np
 
 from smallgpt import cli
-from smallgpt.cli import processors
+from smallgpt.cli import cores
 from smallgpt.files import write_atomic, write_json
 from smallgpt.machine import describe_machine
 from smallgpt.score import token_nats
@@ -184,6 +184,13 @@ def cold_start(bundle: Path) -> float:
     return time.perf_counter() - start
 
 
+def imports() -> float:
+    """Seconds of that which are imports."""
+    code = "import time; start = time.perf_counter(); import smallgpt.ort_generate; print(time.perf_counter() - start)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
 def worker(task: str, *arguments: str) -> object:
     """What one process of the run does; the arguments are those of `start`."""
     if task == "bandwidth":
@@ -236,14 +243,15 @@ def run(
         same[engine] = f"{CHECK_PROMPTS - len(gaps)} of {CHECK_PROMPTS}{apart}"
     size = len(text_of(scored[1:], exports / "fp32"))
     bits = {pair: start("nats", *loaded[pair], text, context) / math.log(2) / size for pair in pairs}
-    speed = start("bandwidth", threads)
     found: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
-    cold = []
+    cold, importing, speed = [], [], []
     for number in range(rounds):
         for pair in pairs if number % 2 == 0 else reversed(pairs):
             for row, value in start("measure", *loaded[pair], random, context).items():
                 found[pair].setdefault(row, []).append(value)
         cold.append(cold_start(exports / "int8"))
+        importing.append(imports())
+        speed.append(start("bandwidth", threads))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     report: dict[str, Any] = {
         "machine": {"cpu": describe_machine(), "threads": threads},
@@ -251,8 +259,9 @@ def run(
         "versions": {name: _version(python(engine), name) for engine, name in PACKAGES.items() if engine in names},
         "rounds": rounds,
         "greedy fp32 texts equal to ours": same,
-        "memory bytes per second": speed,
+        "memory bytes per second": statistics.median(speed),
         "cold start of int8, seconds": statistics.median(cold),
+        "imports of it, seconds": statistics.median(importing),
         "median": {},
         "all": {},
     }
@@ -291,7 +300,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{shape['vocab_size']}, context {shape['max_seq_len']}, on {machine['cpu']}, {machine['threads']} "
         f"threads; medians of {report['rounds']} rounds, tokens/s unless said; {versions}. Memory reads "
         f"{report['memory bytes per second'] / 1e9:.1f} GB/s. Greedy fp32 texts equal to ours: {same}. "
-        f"Cold start of int8: {report['cold start of int8, seconds']:.2f} s.",
+        f"Cold start of int8: {report['cold start of int8, seconds']:.2f} s, of which imports "
+        f"{report['imports of it, seconds']:.2f} s.",
     ]
     for width, cells in report["median"].items():
         peers = [engine for engine in cells if not engine.startswith("ours")]
@@ -339,7 +349,10 @@ def _shown(row: str, value: float | None) -> str:
 
 def _version(interpreter: str, name: str) -> str:
     code = f"import {name} as p; print(getattr(p, '__version__', ''))"
-    return subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    if name == "onnxruntime_genai":
+        code += "; import onnxruntime; print(f'(onnxruntime {onnxruntime.__version__})')"
+    done = subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True)
+    return " ".join(done.stdout.split())
 
 
 def main() -> None:
@@ -348,7 +361,7 @@ def main() -> None:
     parser.add_argument("exports", nargs="?", type=Path, default=Path("exports"))
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--engines", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / ".smallgpt" / "bench", help="for the peers' files")
     parser.add_argument("--out", type=Path, default=Path("reports/bench"))

@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import os
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -175,7 +177,7 @@ class Generating(Engine):
         return self.seconds(lambda: self.generate(ids, 1, 1))
 
     def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
-        self.generate(ids, batch, 2)
+        self.generate(ids, batch, 1 + steps)  # plans, or compiles for a cache of this size
         short = self.seconds(lambda: self.generate(ids, batch, 1))
         return self.seconds(lambda: self.generate(ids, batch, 1 + steps)) - short
 
@@ -208,21 +210,32 @@ class CTranslate2(Generating):
 
 
 class Transformers(Generating):
-    """Transformers' generate; `kind` is the precision. On a GPU the cache has a fixed size and a step is compiled."""
+    """Transformers' generate; `kind` is the precision. The cache has a fixed size and a step is compiled.
+
+    On a CPU it compiles only when told to, by a field of its settings that is not documented, and with a C++ compiler.
+    """
 
     def __init__(self, folder: Path, threads: int, kind: str, device: str = "cpu") -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, CompileConfig
 
         self.torch = torch
+        torch._dynamo.config.recompile_limit = 64  # a step is compiled for each length of the cache
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).eval().to(device)
-        self.settings: dict[str, Any] = {"cache_implementation": "static"} if device == "cuda" else {}
+        self.settings: dict[str, Any] = {}
+        if device == "cuda":
+            self.settings = {"cache_implementation": "static"}
+        elif shutil.which("g++"):
+            compiling = CompileConfig(mode="default", dynamic=False)
+            compiling._compile_all_devices = True
+            self.settings = {"cache_implementation": "static", "compile_config": compiling}
 
     def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
         prompts = self.torch.from_numpy(np.tile(ids, (batch, 1))).to(self.model.device)
-        settings = {**self.settings, "max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        fixed = self.settings if count > 1 else {}  # with no step to follow a prompt is faster without
+        settings = {**fixed, "max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
         mask = self.torch.ones_like(prompts)
         out = self.model.generate(prompts, attention_mask=mask, eos_token_id=None, pad_token_id=0, **settings)
         return [int(i) for i in out[0, len(ids) :].tolist()]
@@ -240,8 +253,12 @@ class Genai(Engine):
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime_genai
 
-        from smallgpt.session import products_overflow
+        from smallgpt.session import SCORES_BYTES, products_overflow
 
+        described = json.loads((folder / "genai_config.json").read_text())["model"]
+        heads, context = described["decoder"]["num_attention_heads"], described["context_length"]
+        small = 4 * heads * context * context <= SCORES_BYTES
+        os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", str(int(small)))
         self.lib = onnxruntime_genai
         config = onnxruntime_genai.Config(str(folder))
         # Its own choice is half of the processors.

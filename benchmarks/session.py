@@ -1,7 +1,7 @@
 """Which settings of ONNX Runtime decode faster: every setting against the defaults, in one run.
 
     python benchmarks/session.py [BUNDLE] [--rounds 5] [--threads N]
-    python benchmarks/session.py --profile [BUNDLE] [--threads N]     # the operators of a prompt and of a step
+    python benchmarks/session.py --profile [BUNDLE] [--threads N] [--batch 1]  # the operators of a prompt and a step
 
 Each setting runs in a process of its own, in alternating order. Printed are the ratios of the medians to those of the
 defaults, above 1 where the setting is faster; two runs of the defaults show what the machine's noise alone does.
@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 from engines import Ours
 
-from smallgpt.cli import processors
+from smallgpt.cli import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # configuration entries, environment
@@ -58,8 +58,8 @@ def worker(bundle: str, threads: str, name: str) -> dict[str, float]:
     return result
 
 
-def profile(bundle: str, threads: int) -> None:
-    """Print where a prompt of 512 tokens, or what the context holds, and a step after it spend their time."""
+def profile(bundle: str, threads: int, batch: int) -> None:
+    """Print where a prompt of 512 tokens, or what the context holds, and a batch's step after it spend their time."""
     calls = 20
     with tempfile.TemporaryDirectory() as folder:
 
@@ -74,13 +74,13 @@ def profile(bundle: str, threads: int) -> None:
         prompt = min(512, model.model.max_seq_len - calls)
         ids = np.random.default_rng(0).integers(260, model.model.vocab_size, prompt)
         for _ in range(calls):
-            model.prefill(ids, 1, prompt + calls)
+            model.prefill(ids, batch, prompt + calls)
         for i in range(calls):
-            model.step(ids[i : i + 1])
+            model.step(np.full(batch, ids[i]))
         events = json.loads(Path(model.model.session.end_profiling()).read_text(encoding="utf-8"))
     runs = [event for event in events if event["name"] == "model_run"]
     nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
-    print(f"| {bundle}, {threads} threads | ms | share |\n|---|---:|---:|")
+    print(f"| {bundle}, {threads} threads, batch {batch} | ms | share |\n|---|---:|---:|")
     for case, chosen in ((f"prompt of {prompt}", runs[2:calls]), ("step", runs[calls + 2 :])):  # the first ones warm up
         total = sum(run["dur"] for run in chosen)
         spent: dict[str, float] = {}
@@ -100,11 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", nargs="?", default="exports/fp32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--profile", action="store_true", help="print the operators' times instead")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of a step that is profiled")
     options = parser.parse_args()
     if options.profile:
-        profile(options.bundle, options.threads)
+        profile(options.bundle, options.threads, options.batch)
         return
     found: dict[str, dict[str, list[float]]] = {name: {} for name in SETTINGS}
     for number in range(options.rounds):
