@@ -31,6 +31,12 @@ def test_all_commands_are_understood() -> None:
             settings(options, GenerationConfig())
 
 
+def test_the_outputs_are_those_of_the_default_model() -> None:
+    samples = (ROOT / "reports/evaluate/samples.md").read_text(encoding="utf-8")
+    [digest] = set(re.findall(r'"model_sha256": "(\w+)"', TEXT))
+    assert f"sha256 {digest}." in samples
+
+
 def test_every_feature_has_an_example() -> None:
     used = {word for command in commands(TEXT) for word in arguments(command) if word.startswith("-")}
     assert used >= {
