@@ -3,9 +3,10 @@
     python benchmarks/ablations.py [--only NAMES] [--seeds 1,2] [--epochs 10] [--set KEY=VALUE ...]
                                    [--out reports/bench/ablations.json]
 
-The control is configs/shakespeare-25m.yaml at 4 layers of 256. Every run is prepare, tokenize and train in a folder and
-in processes of its own, sees the text as often as the others and is judged by its best bits per byte. Runs that stand
-in the output are not repeated, so a stopped call goes on. Writes a Markdown table beside the JSON.
+The control is configs/shakespeare-25m.yaml at 4 layers of 256. Changes are of its settings or, by variants.py, of the
+library. Every run is prepare, tokenize and train in a folder and in processes of its own, sees the text as often as the
+others and is judged by its best bits per byte. Runs that stand in the output are not repeated, so a stopped call goes
+on. Writes a Markdown table beside the JSON.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from variants import VARIANTS
 
 from smallgpt.cli import run
 from smallgpt.files import write_atomic, write_json
@@ -51,7 +53,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "vocabulary 4096": {"model.vocab_size": 4096},
     "context 512": {"model.max_seq_len": 512, "training.batch_size": 8},
     "cosine schedule": {"training.lr_schedule": "cosine"},
+    **{name: {} for name in VARIANTS},
+    "mean of the last weights": {"training.ema_decay": 0.0},
 }
+ASKED = {"documents reshuffled"}  # by --only: the control's corpus is one document
 NOISE = 0.005  # nats a token; smaller effects are none
 
 
@@ -66,20 +71,20 @@ def settings_with(changes: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def measure(changes: dict[str, Any], seed: int, epochs: float) -> dict[str, Any]:
-    """Train once and return what the table needs."""
+def measure(changes: dict[str, Any], variant: str | None, seed: int, epochs: float) -> dict[str, Any]:
+    """Train once, as the variant if one is named, and return what the table needs."""
     params = settings_with(changes | {"training.seed": seed})
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(stage: str) -> None:
+        def run(*command: str) -> None:
             (Path(folder) / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
             places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "SMALLGPT_TRACKING": "off"}
-            if subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment).returncode:
-                sys.exit(f"the stage {stage} failed")
+            if subprocess.run([sys.executable, *command], cwd=folder, env=environment).returncode:
+                sys.exit(f"python {' '.join(command)} failed")
 
-        run("prepare")
-        run("tokenize")
+        run("-m", "stages.prepare")
+        run("-m", "stages.tokenize")
         text = json.loads((Path(folder) / "reports/tokenize.json").read_text(encoding="utf-8"))
         training = params["training"]
         tokens = training["batch_size"] * (training["seq_len"] or params["model"]["max_seq_len"])
@@ -88,7 +93,7 @@ def measure(changes: dict[str, Any], seed: int, epochs: float) -> dict[str, Any]
         training |= {"max_steps": steps, "eval_interval": max(1, steps // 10)}
         training["warmup_steps"] = min(training["warmup_steps"], steps)
         started = time.perf_counter()
-        run("train")
+        run(*([str(ROOT / "benchmarks/variants.py"), variant] if variant else ["-m", "stages.train"]))
         seconds = time.perf_counter() - started
         summary = json.loads((Path(folder) / "reports/train/summary.json").read_text(encoding="utf-8"))
     valid = text["valid"]
@@ -108,26 +113,31 @@ def to_markdown(report: dict[str, Any]) -> str:
     """One row for each change; its effect is in nats for a token of the control."""
     lines = [
         f"{report['machine']}, {report['precision']}. Control: {report['control']}. Effects above zero are "
-        f"worse, those below {NOISE} nats a token are noise.",
+        f"worse; those below {NOISE} nats a token are noise, and so are those of one sign with one seed and of the other "
+        "with another.",
         "",
-        "| change | parameters | bits/byte, best of valid | mean | effect, nats | best after epoch |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| change | parameters | bits/byte, best of valid | mean | effect, nats | by seed | best after epoch |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     runs: dict[str, dict[str, Any]] = report["runs"]
     means = {name: statistics.mean(run["bits_per_byte"] for run in seeds.values()) for name, seeds in runs.items()}
     for name, seeds in runs.items():
         found = list(seeds.values())
-        effect = ""
+        effect, by_seed = "", ""
         if name != "control" and "control" in runs:
             control = runs["control"]
             both = [seed for seed in seeds if seed in control]  # seeds differ by more than many changes
             bits = [seeds[seed]["bits_per_byte"] - control[seed]["bits_per_byte"] for seed in both]
             per_token = next(iter(control.values()))["tokens_per_byte"]
-            nats = statistics.mean(bits) * math.log(2) / per_token if bits else math.nan
-            effect = f"{nats:+.3f}" + (" (noise)" if abs(nats) < NOISE else "")
+            nats = [value * math.log(2) / per_token for value in bits]
+            mean = statistics.mean(nats) if nats else math.nan
+            noise = abs(mean) < NOISE or min(nats, default=0) < 0 < max(nats, default=0)
+            effect = f"{mean:+.3f}" + (" (noise)" if noise else "")
+            by_seed = ", ".join(f"{value:+.3f}" for value in nats)
         shown = ", ".join(f"{run['bits_per_byte']:.4f}" for run in found)
         epochs = ", ".join(f"{run['best_epoch']:.1f}" for run in found)
-        lines.append(f"| {name} | {found[0]['parameters']:,} | {shown} | {means[name]:.4f} | {effect} | {epochs} |")
+        row = [name, f"{found[0]['parameters']:,}", shown, f"{means[name]:.4f}", effect, by_seed, epochs]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -143,8 +153,12 @@ def main() -> None:
     options = parser.parse_args()
     control = CONTROL | {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)}
     settings = settings_with(control)
-    known = [name for name in CHANGES if name == "control" or settings_with(control | CHANGES[name]) != settings]
-    names = options.only.split(",") if options.only else known
+    known = [
+        name
+        for name, changes in CHANGES.items()
+        if name == "control" or name in VARIANTS or settings_with(control | changes) != settings
+    ]
+    names = options.only.split(",") if options.only else [name for name in known if name not in ASKED]
     if unknown := set(names) - set(known):
         parser.error(f"--only names {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     training = settings["training"]
@@ -166,7 +180,7 @@ def main() -> None:
         for name in names:
             if seed not in report["runs"].get(name, {}):
                 print(f"{name}, seed {seed}", file=sys.stderr)
-                found = measure(control | CHANGES[name], int(seed), options.epochs)
+                found = measure(control | CHANGES[name], name if name in VARIANTS else None, int(seed), options.epochs)
                 report["runs"].setdefault(name, {})[seed] = found
                 write_json(options.out, report)
                 write_atomic(options.out.with_suffix(".md"), to_markdown(report))

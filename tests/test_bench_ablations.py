@@ -37,7 +37,7 @@ def test_changes_are_trained_once_and_compared(tmp_path: Path) -> None:
             check=False,
         )
 
-    first = call("control,vocabulary 512", "--seeds", "1")
+    first = call("control,vocabulary 512,squared ReLU", "--seeds", "1")
     assert first.returncode == 0, first.stderr
     before = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["runs"]
     second = call("control", "--seeds", "1,2")
@@ -51,6 +51,8 @@ def test_changes_are_trained_once_and_compared(tmp_path: Path) -> None:
         1 < one["bits_per_byte"] == pytest.approx(one["nats_per_token"] * one["tokens_per_byte"] / 0.693147, rel=1e-5)
     )
     assert runs["vocabulary 512"]["1"]["parameters"] - one["parameters"] == 162 * 32
+    assert runs["squared ReLU"]["1"]["parameters"] == one["parameters"]
+    assert runs["squared ReLU"]["1"]["bits_per_byte"] != one["bits_per_byte"]
     assert one["epochs"] == pytest.approx(0.2, abs=0.01)
     table = (tmp_path / "out.md").read_text(encoding="utf-8")
     assert table in second.stdout
@@ -59,3 +61,6 @@ def test_changes_are_trained_once_and_compared(tmp_path: Path) -> None:
     assert f"| {effect:+.3f} |" in table
     assert call("control", "--epochs", "1").returncode == 2  # of another control
     assert "known are control, gpt2" in call("dropout").stderr
+    refused = call("documents reshuffled")
+    assert refused.returncode
+    assert "the train split is one document" in refused.stderr
