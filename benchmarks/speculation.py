@@ -4,8 +4,9 @@ import argparse
 import time
 from pathlib import Path
 
+from smallgpt.files import decode_utf8
 from smallgpt.generation import Batch, Piece
-from smallgpt.options import json_fields, read_text
+from smallgpt.options import json_fields
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
 
@@ -33,7 +34,8 @@ def main() -> None:
     options = parser.parse_args()
     model = OrtGPT(options.bundle)
     config = GenerationConfig(temperature=0, max_new_tokens=128)
-    documents = json_fields(read_text(options.documents), options.documents, "text")[: options.prompts]
+    text = decode_utf8(options.documents.read_bytes(), str(options.documents))
+    documents = json_fields(text, options.documents, "text")[: options.prompts]
     same = ties = proposed = accepted = tokens = 0
     plain_seconds = guessed_seconds = 0.0
     for document in documents:
