@@ -76,7 +76,8 @@ class Static(nn.Module):
 class Compiled:
     """Our model in PyTorch; a step is compiled, into a CUDA graph where there is a GPU, and so is the choice."""
 
-    def __init__(self, model: SmallGPT, device: torch.device) -> None:
+    def __init__(self, model: SmallGPT, device: torch.device, *, compiled: bool = True) -> None:
+        self.compiled = compiled
         self.model, self.device = model.to(device, torch.float16 if device.type == "cuda" else torch.float32), device
         self.mode = "reduce-overhead" if device.type == "cuda" else "default"
         self.positions = torch.arange(model.config.max_seq_len, device=device)
@@ -91,7 +92,7 @@ class Compiled:
             def step(token: Tensor, position: Tensor) -> Tensor:
                 return static(token, position).argmax(-1, keepdim=True)
 
-            self.made[batch, capacity] = static, torch.compile(step, mode=self.mode)
+            self.made[batch, capacity] = static, torch.compile(step, mode=self.mode) if self.compiled else step
         static, self.step = self.made[batch, capacity]
         prompt = torch.from_numpy(np.tile(ids, (batch, 1))).to(self.device)
         return static(prompt, self.positions[: len(ids)]).argmax(-1, keepdim=True)
@@ -118,6 +119,13 @@ class Compiled:
         for i in range(len(ids), len(ids) + count - 1):
             tokens.append(self.step(tokens[-1], self.positions[i : i + 1]).clone())
         return [int(token) for token in torch.cat(tokens)]
+
+
+def agreement(model: SmallGPT, device: torch.device, ids: np.ndarray, count: int = 32) -> str:
+    """How many greedy ids the compiled steps choose as the same steps do uncompiled, before the first other one."""
+    texts = [Compiled(model, device, compiled=kind).text(ids, count, len(ids) + count) for kind in (True, False)]
+    same = next((i for i, (one, other) in enumerate(zip(*texts, strict=True)) if one != other), count)
+    return f"{same} of {count}"
 
 
 def contenders(
@@ -164,7 +172,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{shape['architecture']}, {shape['num_layers']} layers of {shape['embed_dim']}, vocabulary "
         f"{shape['vocab_size']}, {report['precision']}, on {report['machine']}; torch {report['torch']}, medians of "
-        f"{report['rounds']} rounds, tokens/s unless said.",
+        f"{report['rounds']} rounds, tokens/s unless said. Greedy ids that PyTorch chooses compiled as uncompiled: "
+        f"{report['greedy ids, compiled as uncompiled']}.",
         "",
         f"| | {' | '.join(cells)} | the first to the best other |",
         "|---" + "|---:" * (len(cells) + 1) + "|",
@@ -198,6 +207,10 @@ def main() -> int:
         parser.error(f"--steps is {options.steps}; with the prompt of {PROMPT} at most {context - PROMPT - 2} fit")
     ids = np.random.default_rng(0).integers(4, shape["vocab_size"], context)
     running, failed = contenders(model, device, options.bundle)
+    try:
+        same = agreement(model, device, ids[:PROMPT], min(32, options.steps))
+    except Exception as error:
+        same = " ".join(f"none ({type(error).__name__}: {error})".split())[:300]
     found: dict[str, dict[str, list[float]]] = {name: {} for name in running}
     for number in range(options.rounds + 1):
         for name in [*running] if number % 2 else reversed([*running]):
@@ -216,6 +229,7 @@ def main() -> int:
             "torch": torch.__version__,
             "precision": "fp16" if device.type == "cuda" else "fp32",
             "model": model.config.model_dump(),
+            "greedy ids, compiled as uncompiled": same,
             "rounds": number,
             "median": {
                 name: {row: statistics.median(values[1:]) for row, values in rows.items()}

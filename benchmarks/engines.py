@@ -51,7 +51,10 @@ class Stepping(Engine):
 
     def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
         tokens = np.full(batch, self.prefill(ids, batch, capacity).argmax())
-        tokens = self.step(tokens).argmax(-1)  # binds, or plans, once
+        logits = self.step(tokens)  # binds, or plans, once
+        if np.abs(logits - logits[0]).max() > 0.1:
+            raise RuntimeError(f"the {batch} copies of a prompt's cache differ")
+        tokens = logits.argmax(-1)
         start = time.perf_counter()
         for _ in range(steps):
             tokens = self.step(tokens).argmax(-1)
@@ -129,7 +132,7 @@ class LlamaCpp(Stepping):
         lib = self.lib
         if self.shape == (batch, capacity):
             memory = lib.llama_get_memory(self.context)
-            lib.llama_memory_clear(memory, True)
+            lib.llama_memory_clear(memory, False)  # the cache is free again; what it held need not become zeros
             return memory
         if self.context:
             lib.llama_free(self.context)
@@ -162,24 +165,24 @@ class LlamaCpp(Stepping):
 
 
 class Generating(Engine):
-    """An engine that decodes by itself: what a step takes is the difference of a long and a short generation."""
+    """An engine that decodes by itself and calls back as it does."""
 
     @abstractmethod
-    def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
-        """The first `count` ids after a prompt, for one of `batch` equal sequences."""
-
-    def seconds(self, call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+    def generate(self, ids: np.ndarray, batch: int, count: int, tick: Callable[[], object] | None = None) -> list[int]:
+        """The first `count` ids after a prompt, for one of `batch` equal sequences; `tick` is called at each."""
 
     def first_token(self, ids: np.ndarray, capacity: int) -> float:
-        return self.seconds(lambda: self.generate(ids, 1, 1))
+        start = time.perf_counter()
+        self.generate(ids, 1, 1)
+        return time.perf_counter() - start
 
     def decode(self, ids: np.ndarray, batch: int, steps: int, capacity: int) -> float:
         self.generate(ids, batch, 1 + steps)  # plans, or compiles for a cache of this size
-        short = self.seconds(lambda: self.generate(ids, batch, 1))
-        return self.seconds(lambda: self.generate(ids, batch, 1 + steps)) - short
+        times: list[float] = []
+        self.generate(ids, batch, 1 + steps, lambda: times.append(time.perf_counter()))
+        if len(times) != 1 + steps:
+            raise RuntimeError(f"{len(times)} tokens were told in place of {1 + steps}")
+        return times[-1] - times[0]
 
     def text(self, ids: np.ndarray, count: int, capacity: int) -> list[int]:
         return self.generate(ids, 1, count)
@@ -193,10 +196,20 @@ class CTranslate2(Generating):
 
         self.model = ctranslate2.Generator(str(folder), compute_type=kind, intra_threads=threads, inter_threads=1)
 
-    def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
-        prompts = [self.names(ids)] * batch
+    def generate(self, ids: np.ndarray, batch: int, count: int, tick: Callable[[], object] | None = None) -> list[int]:
+        def told(result: Any) -> bool:
+            if tick and result.batch_id == 0:
+                tick()
+            return False  # do not stop
+
         result = self.model.generate_batch(
-            prompts, max_length=count, min_length=count, sampling_topk=1, include_prompt_in_result=False, end_token=[]
+            [self.names(ids)] * batch,
+            max_length=count,
+            min_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            end_token=[],
+            callback=told if tick else None,
         )
         return [int(i) for i in result[0].sequences_ids[0]]
 
@@ -207,6 +220,21 @@ class CTranslate2(Generating):
     def names(ids: np.ndarray) -> list[str]:
         """Ids as the tokens of the stand-in vocabulary."""
         return [f"token{i}" for i in ids.tolist()]
+
+
+class Streamer:
+    """What Transformers hands the prompt to, then the ids of each step."""
+
+    def __init__(self, tick: Callable[[], object]) -> None:
+        self.tick, self.puts = tick, 0
+
+    def put(self, ids: Any) -> None:
+        self.puts += 1
+        if self.puts > 1:
+            self.tick()
+
+    def end(self) -> None:
+        pass
 
 
 class Transformers(Generating):
@@ -232,10 +260,12 @@ class Transformers(Generating):
             compiling._compile_all_devices = True
             self.settings = {"cache_implementation": "static", "compile_config": compiling}
 
-    def generate(self, ids: np.ndarray, batch: int, count: int) -> list[int]:
+    def generate(self, ids: np.ndarray, batch: int, count: int, tick: Callable[[], object] | None = None) -> list[int]:
         prompts = self.torch.from_numpy(np.tile(ids, (batch, 1))).to(self.model.device)
         fixed = self.settings if count > 1 else {}  # with no step to follow a prompt is faster without
         settings = {**fixed, "max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        if tick:
+            settings["streamer"] = Streamer(tick)
         mask = self.torch.ones_like(prompts)
         out = self.model.generate(prompts, attention_mask=mask, eos_token_id=None, pad_token_id=0, **settings)
         return [int(i) for i in out[0, len(ids) :].tolist()]

@@ -30,7 +30,11 @@ def test_report_and_table(tmp_path: Path) -> None:
     assert list(report["median"]["int4"]) == ["ours"]
     assert fp32["ours"]["bits per byte"] == pytest.approx(fp32["Transformers"]["bits per byte"], rel=1e-5)
     assert half["Transformers"]["bits per byte"] == pytest.approx(fp32["ours"]["bits per byte"], rel=0.05)
-    rows = ["first token, prompt 16", *(f"batch {batch}, context 16-416" for batch in (1, 8, 32)), "peak memory"]
+    rows = [
+        "first token, prompt 16",
+        *(f"batch {batch}, context 16-416" for batch in (1, 8, 32)),
+        "peak memory, batch 1",
+    ]
     for cell in (*fp32.values(), *half.values()):
         assert list(cell) == [*rows, "file size", "bits per byte"]
         assert all(cell[row] > 0 for row in rows)

@@ -47,6 +47,7 @@ def test_report_and_table(bench: ModuleType, tmp_path: Path) -> None:
     assert list(report["failed"]) == ["ours"]
     assert "does not exist" in report["failed"]["ours"]
     assert list(report["median"]) == ["PyTorch, compiled", "Transformers"]
+    assert report["greedy ids, compiled as uncompiled"] == "6 of 6"
     for rows in report["median"].values():
         batches = [f"batch {batch}, context 16-22" for batch in (1, 8, 64)]
         assert list(rows) == ["first token, prompt 63", *batches]
@@ -70,6 +71,7 @@ def test_texts_are_those_of_the_model(bench: ModuleType, models: dict[str, Small
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     ids = np.array([3, 9, 40])
     for model in models.values():
+        assert bench.agreement(model, torch.device("cpu"), ids, 8) == "8 of 8"
         text = bench.Compiled(model, torch.device("cpu")).text(ids, 8, 16)
         expected = ids.tolist()
         with torch.inference_mode():
