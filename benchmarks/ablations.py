@@ -113,8 +113,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     """One row for each change; its effect is in nats for a token of the control."""
     lines = [
         f"{report['machine']}, {report['precision']}. Control: {report['control']}. Effects above zero are "
-        f"worse; those below {NOISE} nats a token are noise, and so are those of one sign with one seed and of the other "
-        "with another.",
+        f"worse; those below {NOISE} nats a token are noise, and so are those of one sign with one seed and of the "
+        "other with another.",
         "",
         "| change | parameters | bits/byte, best of valid | mean | effect, nats | by seed | best after epoch |",
         "|---|---:|---:|---:|---:|---:|---:|",
