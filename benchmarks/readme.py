@@ -18,10 +18,13 @@ def results() -> str:
     summary = json.loads(Path("reports/train/summary.json").read_text(encoding="utf-8"))
     bundles = json.loads(Path("reports/export.json").read_text(encoding="utf-8"))
     digest = sha256_file(Path("models/gpt/model.safetensors"))
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in Path("reports/results").glob("stories-*.json")]
+    if not any((row["config"], row["model_sha256"]) == ("params.yaml", digest) for row in rows):
+        raise ValueError("models/gpt is not the default run's of reports/results; python -m smallgpt.results add")
     facts = json.loads(Path(f".smallgpt/train/runs/{digest[:16]}.json").read_text(encoding="utf-8"))
     table = Path("reports/evaluate/perplexity.md").read_text(encoding="utf-8")
     single = "single_bits_per_byte_difference"
-    rows = "".join(
+    lines = "".join(
         f"| {name} | {bundle['bytes'] / 1e6:.1f} MB | {bundle['max_difference']:.2g} | "
         f"{bundle['top1_agreement']:.4f} | {bundle['bits_per_byte_difference']:.1e} | "
         f"{format(bundle[single], '.1e') if single in bundle else '-'} |\n"
@@ -35,7 +38,7 @@ The bundles against PyTorch, all computed on the CPU (each bundle's parity.json 
 
 | bundle | graph | largest difference of a logit | same top token | bits/byte, relative difference | token by token |
 | --- | --- | --- | --- | --- | --- |
-{rows}"""
+{lines}"""
 
 
 def models() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from smallgpt.cli import MismatchError, run
 from smallgpt.config import load_config
 from smallgpt.corpus import overlap, read_documents
-from smallgpt.files import sha256_file, write_atomic, write_json
+from smallgpt.files import sha256_bytes, sha256_file, write_atomic, write_json
 
 COLUMNS = {
     "dataset": "dataset",
@@ -87,6 +87,7 @@ def add(project: Path, config_file: str, out: Path) -> Path:
     if trained != asked_for or digest not in _text(project / "reports/evaluate/samples.md", "evaluate"):
         raise MismatchError("models/gpt, reports/ and params.yaml belong to different runs; run dvc repro first")
     split = "test" if "test" in scored else "valid"
+    _check_text(project, split, prepared, scored, model)
     machine = project / ".smallgpt/train/runs" / f"{digest[:16]}.json"
     facts = json.loads(machine.read_text(encoding="utf-8")) if machine.is_file() else {}
     row: dict[str, Any] = {
@@ -107,6 +108,25 @@ def add(project: Path, config_file: str, out: Path) -> Path:
     path = out / f"{row['dataset']}-{row['architecture']}-{digest[:8]}.json"
     write_json(path, row)
     return path
+
+
+def _check_text(
+    project: Path, split: str, prepared: dict[str, Any], scored: dict[str, Any], model: dict[str, Any]
+) -> None:
+    """MismatchError unless text, tokens, model and scores follow from each other, as after a whole dvc repro."""
+    headers = {name: _read(project / f"data/tokens/{name}.json", "tokenize") for name in {"train", "valid", split}}
+    texts = {name: "\0".join(read_documents(project / "data/prepared", name)) for name in headers}
+    [file] = (project / "data/prepared").glob(f"{split}.*")
+    follows = {
+        "data/tokens": {name: sha256_bytes(texts[name].encode()) for name in texts}
+        == {name: header["text_sha256"] for name, header in headers.items()},
+        "models/gpt": model.get("data_sha256") == {name: headers[name]["sha256"] for name in ("train", "valid")},
+        "reports/prepare.json": prepared.get(split, {}).get("sha256") == sha256_file(file),
+        "reports/evaluate": scored[split]["bytes"] == headers[split]["text_bytes"],
+    }
+    for place, right in follows.items():
+        if not right:
+            raise MismatchError(f"{place} does not belong to the text in data/prepared; run dvc repro first")
 
 
 def card(project: Path, row: dict[str, Any]) -> str:

@@ -6,10 +6,11 @@ import yaml
 
 from smallgpt.cli import MismatchError
 from smallgpt.config import load_config
-from smallgpt.files import sha256_file, write_json
+from smallgpt.files import sha256_bytes, sha256_file, write_json
 from smallgpt.results import add, main
 
 TRAIN = "".join(chr(ord("a") + i * i % 23) for i in range(150)) + "\n"
+VALID = "What the model was scored on.\n"
 FENCED = "y" * 30 + "\n```\n" + "y" * 45
 
 
@@ -20,11 +21,22 @@ def project(tmp_path: Path) -> Path:
     config = load_config(tmp_path / "params.yaml")
     training = config.training.shaping() | {"precision": "bf16", "compile": True}  # what auto was
     figures = {"bits_per_byte": 2.25, "sliding_bits_per_byte": 2.125, "perplexity": 31.5, "context": 8, "stride": 4}
+    figures["bytes"] = len(VALID)
+    headers = {
+        name: {"sha256": f"of {name}", "text_bytes": len(text), "text_sha256": sha256_bytes(text.encode())}
+        for name, text in (("train", TRAIN), ("valid", VALID))
+    }
     files = {
-        "reports/prepare.json": {"source": "my.txt", "valid": {"sha256": "cd"}},
+        "reports/prepare.json": {"source": "my.txt", "valid": {"sha256": sha256_bytes(VALID.encode())}},
+        **{f"data/tokens/{name}.json": header for name, header in headers.items()},
         "reports/train/summary.json": {"parameters": 12_345, "seed": 7, "steps": 9, "tokens_seen": 900, "epochs": 1.5},
         "reports/evaluate/perplexity.json": {"valid": figures},
-        "models/gpt/config.json": {"model": config.model.model_dump(), "training": training, "last_step": 9},
+        "models/gpt/config.json": {
+            "model": config.model.model_dump(),
+            "training": training,
+            "last_step": 9,
+            "data_sha256": {name: header["sha256"] for name, header in headers.items()},
+        },
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +49,7 @@ def project(tmp_path: Path) -> Path:
     )
     (tmp_path / "data/prepared").mkdir(parents=True)
     (tmp_path / "data/prepared/train.txt").write_text(TRAIN)
+    (tmp_path / "data/prepared/valid.txt").write_text(VALID)
     return tmp_path
 
 
@@ -59,7 +72,8 @@ def test_a_row_holds_the_figures_of_the_files(project: Path) -> None:
     facts.parent.mkdir(parents=True)
     facts.write_text(json.dumps({"hardware": "2 cores", "seconds": 61.2, "tokens_per_second": 7000.4}))
     row = json.loads(add(project, "params.yaml", project / "rows").read_text())
-    assert (row["dataset"], row["split"], row["split_sha256"], row["seed"]) == ("my.txt", "valid", "cd", 7)
+    assert (row["dataset"], row["split"], row["seed"]) == ("my.txt", "valid", 7)
+    assert row["split_sha256"] == sha256_bytes(VALID.encode())
     assert (row["bits_per_byte"], row["tokens_seen"], row["seconds"]) == (2.25, 900, 61.2)
     assert row["model_sha256"] == digest
 
@@ -111,6 +125,26 @@ def test_settings_that_were_not_trained_with_and_weights_that_were_not_scored_ar
     add(project, "params.yaml", project / "rows")
     (project / "models/gpt/model.safetensors").write_bytes(b"others")
     with pytest.raises(MismatchError, match="belong to different runs"):
+        add(project, "params.yaml", project / "rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("data/prepared/train.txt", "a", "z", "data/tokens does not belong"),  # another corpus was prepared since
+        ("data/tokens/train.json", "of train", "of others", "models/gpt does not belong"),
+        ("reports/prepare.json", '"sha256": "', '"sha256": "0', r"reports/prepare\.json does not belong"),
+        ("reports/prepare.json", '"valid"', '"test"', r"reports/prepare\.json does not belong"),
+        ("reports/evaluate/perplexity.json", '"bytes": 30', '"bytes": 31', "reports/evaluate does not belong"),
+    ],
+)
+def test_a_text_that_the_model_did_not_see_is_refused(
+    project: Path, name: str, old: str, new: str, message: str
+) -> None:
+    text = (project / name).read_text()
+    assert old in text
+    (project / name).write_text(text.replace(old, new))
+    with pytest.raises(MismatchError, match=message):
         add(project, "params.yaml", project / "rows")
 
 
