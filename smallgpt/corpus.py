@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")
 WINDOW = 50  # characters
 _SPLIT_FILE = re.compile(r"(?:wiki\.)?(train|valid|validation|val|test)\.(?:txt|jsonl|tokens|raw)")
+_SPLIT_LIKE = re.compile(r"(train|val|valid|validation|dev|test)(?![a-z]).*\.(?:txt|jsonl)")
 
 # Source: address, checksum, name in the data folder.
 DOWNLOADS = {
@@ -73,7 +74,10 @@ def prepare(config: PrepareConfig, *, out: Path, report: Path) -> dict[str, Any]
     layout = "txt" if all(len(documents) == 1 for documents in corpus.splits.values()) else "jsonl"
     path = Path(config.source)
     # The base name only: an absolute path would make the report differ from machine to machine.
-    result: dict[str, Any] = {"source": path.name or path.resolve().name, "layout": layout}
+    name = path.name or path.resolve().name
+    if name in SOURCES and config.source not in SOURCES:
+        name = f"own-{name}"  # results must not take it for that source
+    result: dict[str, Any] = {"source": name, "layout": layout}
     with replace_folder(out) as folder:
         for split, documents in corpus.splits.items():
             data = "".join(documents) if layout == "txt" else "".join(map(_json_line, documents))
@@ -160,7 +164,7 @@ def _split_files(folder: Path | zipfile.Path) -> dict[str, Any]:
     """Files of a folder that name their split: train, valid (or validation, val), test; none of them is no error."""
     found: dict[str, Path | zipfile.Path] = {}
     for file in folder.iterdir():
-        if match := _SPLIT_FILE.fullmatch(file.name):
+        if match := _SPLIT_FILE.fullmatch(file.name.lower()):
             split = "valid" if match[1].startswith("val") else match[1]
             if split in found:
                 names = " and ".join(sorted((found[split].name, file.name)))
@@ -169,6 +173,13 @@ def _split_files(folder: Path | zipfile.Path) -> dict[str, Any]:
     if found and not {"train", "valid"} <= set(found):
         names = ", ".join(sorted(file.name for file in found.values()))
         raise ValueError(f"{folder} has {names}, but given splits need train and valid; add or rename files")
+    if not found:
+        alike = sorted(file.name for file in folder.iterdir() if _SPLIT_LIKE.fullmatch(file.name.lower()))
+        if len({_SPLIT_LIKE.fullmatch(name.lower())[1] for name in alike}) > 1:  # type: ignore[index]
+            raise ValueError(
+                f"{folder} has {', '.join(alike)}, which seem to be splits but would be read as one text; call them "
+                "train, valid and test with .txt or .jsonl, or otherwise"
+            )
     return {split: found[split] for split in SPLITS if split in found}
 
 

@@ -118,6 +118,7 @@ def test_folder_of_files_is_read_by_name(tmp_path: Path) -> None:
         ("train.txt", "valid.txt", "test.txt"),
         ("train.txt", "validation.txt", None),
         ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("Train.txt", "Valid.TXT", "TEST.txt"),
     ],
 )
 def test_given_splits_are_honoured(tmp_path: Path, train: str, valid: str, test: str | None) -> None:
@@ -131,6 +132,21 @@ def test_given_splits_are_honoured(tmp_path: Path, train: str, valid: str, test:
     for split in names:
         assert (tmp_path / "prepared" / f"{split}.txt").read_text() == f"\n the {split} text\n"
         assert report[split]["documents"] == 1
+
+
+def test_files_whose_names_only_begin_like_splits_are_one_text(tmp_path: Path) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for name in ("testament.txt", "trains and boats.txt", "value.txt", "test.txt.txt"):
+        (folder / name).write_text(f"the text of {name}\n" * 3)
+    report = run_prepare(tmp_path, folder, valid_fraction=0.25, test_fraction=0.25)
+    assert report["train"]["documents"] == 2
+
+
+def test_a_path_is_never_taken_for_a_source_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "a.txt").write_text(LINES)
+    assert run_prepare(tmp_path, tmp_path / "stories")["source"] == "own-stories"
 
 
 def test_given_splits_may_have_documents(tmp_path: Path) -> None:
@@ -275,6 +291,8 @@ def test_bad_text_names_the_place_and_spoils_nothing(tmp_path: Path, name: str, 
         (["notes.md"], "given has no .txt or .jsonl file"),
         (["train.txt", "test.txt"], "given has test.txt, train.txt, but given splits need train and valid"),
         (["train.txt", "val.txt", "validation.txt"], "has val.txt and validation.txt for one split"),
+        (["train_0.jsonl", "test_0.jsonl"], "has test_0.jsonl, train_0.jsonl, which seem to be splits but would be"),
+        (["train.a.txt", "Dev.txt"], "has Dev.txt, train.a.txt, which seem to be splits but would be read as one text"),
     ],
 )
 def test_bad_folders(tmp_path: Path, files: list[str], message: str) -> None:
