@@ -123,8 +123,8 @@ def read_completion(values: dict[str, Any], model: OrtGPT, limits: Limits, name:
         raise RequestError(str(error), param=word if word in FIELDS else None) from None
     _check(config, model, limits)
     prompts = _prompts(values.get("prompt", ""), model, limits, model.max_seq_len + (tokens == 0))
-    if _flag(values, "echo") and logprobs >= 0 and len(prompts) * n > limits.prompts:
-        message = f"echo with logprobs gives at most {limits.prompts} choices (--max-prompts), not {len(prompts) * n}"
+    if logprobs >= 0 and len(prompts) * n > limits.prompts:
+        message = f"with logprobs there are at most {limits.prompts} choices (--max-prompts), not {len(prompts) * n}"
         raise RequestError(message, param="n")
     if config.num_beams > 1:
         if n > config.num_beams:

@@ -239,8 +239,8 @@ def unescape(text: str) -> str:
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """The prompts from -p, -f, --batch-file or a stdin that is no terminal; ValueError where there is none."""
     if options.batch_file is not None:
-        text = _read_text(options.batch_file)
-        if options.batch_file.suffix == ".jsonl":
+        text = _read_text(options.batch_file).removeprefix("\ufeff")
+        if options.batch_file.suffix.lower() == ".jsonl":
             prompts = json_fields(text, options.batch_file, "prompt")
         else:
             prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

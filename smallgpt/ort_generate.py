@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write("\n")
     elif not live:
         _deliver(_render(work, options, load), options)
+    if work.error:
+        raise work.error
     if not options.quiet and not code:
         print(work.report(load), file=sys.stderr)
     return code
@@ -135,6 +137,7 @@ class Work:
         self.tokens, self.prompt_tokens = 0, sum(len(prompt.ids) for prompt in prompts)
         self.first = self.seconds = 0.0
         self.speculation = ""
+        self.error: Exception | None = None  # of the first sequence that could not go on
 
     def run(self, options: argparse.Namespace, write: Any = None) -> int:
         """Decode everything; 130 after Ctrl-C, with what there is until then."""
@@ -159,12 +162,14 @@ class Work:
             even=self.model.pairs and self.total > 1,
             speculate=options.speculate,
             slide=options.context_overflow == "slide",
+            tolerant=True,
         )
 
         def take(piece: Piece) -> None:
             result = self.results[piece.sequence]
             result.text += piece.text
             result.finish = piece.finish or result.finish
+            self.error = self.error or piece.error
             if piece.token is not None:
                 self.first = self.first or time.perf_counter() - begun
                 self.tokens += 1

@@ -86,10 +86,10 @@ class Session:
         """Continue a text and show the continuation; Ctrl-C ends it and keeps what is there."""
         tokenizer, limit = self.model.tokenizer, self.model.max_seq_len
         ids = [tokenizer.eos_id, *tokenizer.encode(text)]
-        self.before = self.text = text
         if len(ids) > limit and not self.slide:
-            self.say(f"error: the text has {len(ids)} tokens and the context {limit}; /reset begins an empty one")
+            self.say(f"error: the text would have {len(ids)} tokens, the context {limit}; /reset begins an empty one")
             return
+        self.before = self.text = text
         ids = ids[-(limit // 2) :] if len(ids) > limit else ids
         begun, finish = time.perf_counter(), ""
         try:

@@ -61,7 +61,7 @@ class GenerationConfig:
     early_stopping: bool | str = True  # True, False or "never", as in Transformers
     num_return_sequences: int = 1
     max_new_tokens: int = 128
-    min_new_tokens: int = 0  # no end before
+    min_new_tokens: int = 0  # no <|eos|> and no stop token before
     max_length: int = 0  # tokens of prompt and continuation; 0 is off
     max_time: float = 0.0  # seconds; 0 is off
     stop: tuple[str, ...] = ()
@@ -74,6 +74,8 @@ class GenerationConfig:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {self.stop!r}; it must be a list of texts, none of them empty")
+        if any("\ud800" <= character <= "\udfff" for text in stop for character in text):
+            raise ValueError(f"stop is {stop!r}, which is no Unicode text; write it in UTF-8")
         object.__setattr__(self, "stop", tuple(stop))
         ids = self.stop_token_ids or ()
         if not isinstance(ids, list | tuple) or not all(_is_id(token) for token in ids):

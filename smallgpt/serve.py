@@ -5,6 +5,7 @@ Requests are decoded together as they come (`scheduler`); what they may ask for 
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = options.alias or f"smallgpt-{model.bundle.config.variant}"
     app = HostCheck(build(model, scheduler, limits, name), [options.host, *options.allowed_host])
     settings: dict[str, Any] = {"log_config": None, "server_header": False, "lifespan": "off", "timeout_keep_alive": 75}
+    settings["timeout_graceful_shutdown"] = 30  # for clients that do not read what was made for them
     server = Server(uvicorn.Config(app, access_log=options.verbose, **settings), scheduler)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     host, port = listener.getsockname()[:2]
@@ -94,7 +96,9 @@ class Server(uvicorn.Server):
         else:
             self.stopped_by = sig
             self.scheduler.drain()
-            os.write(2, f"{signal.Signals(sig).name}: finishing the requests that run; again to break off\n".encode())
+            message = f"{signal.Signals(sig).name}: finishing the requests that run; again to break off\n"
+            with contextlib.suppress(OSError):  # nobody may read it
+                os.write(2, message.encode())
 
     async def on_tick(self, counter: int) -> bool:
         """Every 0.1 s: whether to leave."""

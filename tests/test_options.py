@@ -226,6 +226,10 @@ def test_prompts(tmp_path: Path) -> None:
     assert prompts("--batch-file", str(path)) == ["", "a", ""]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n\n{"prompt": "", "id": 3}\n')
     assert prompts("--batch-file", str(tmp_path / "p.jsonl")) == ["a\nb", ""]
+    (tmp_path / "P.JSONL").write_text('\ufeff{"prompt": "a"}\n')
+    assert prompts("--batch-file", str(tmp_path / "P.JSONL")) == ["a"]
+    path.write_text("\ufeffOnce\n")
+    assert prompts("--batch-file", str(path)) == ["Once"]
     for text in ('["a"]', "{", '{"prompt": 3}', '{"text": "a"}', "null", "[" * 100_000):
         with pytest.raises(ValueError, match="p, line 1: expected a JSON object with a text `prompt`"):
             json_fields(text, Path("p"), "prompt")

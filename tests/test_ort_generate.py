@@ -69,10 +69,10 @@ def test_golden_logits_catch_another_computation(random_bundles: Path, damaged: 
     assert count == 3
     assert 0 < largest < 2e-5
     certificate = json.loads((damaged / "parity.json").read_text())
-    logits = np.frombuffer(base64.b64decode(certificate["golden"][2]["logits"]), "<f4").copy()
+    logits = np.frombuffer(base64.b64decode(certificate["golden"][2]["logits"][1]), "<f4").copy()
     for wrong, said in ((logits[-1] + np.float32(0.01), "0.01"), (np.nan, "nan")):
         logits[-1] = wrong
-        certificate["golden"][2]["logits"] = base64.b64encode(logits.tobytes()).decode()
+        certificate["golden"][2]["logits"][1] = base64.b64encode(logits.tobytes()).decode()
         write_json(damaged / "parity.json", certificate)
         write_config(damaged, load_bundle(damaged, verify=False).config)
         code, line = error(run(damaged, "--verify"))
@@ -148,10 +148,33 @@ def test_bundles_that_do_not_fit(damaged: Path) -> None:
     assert code == 3
     assert line.startswith(f"error: {damaged}/model.onnx does not exist")
     settings = json.loads((damaged / "config.json").read_text())
-    write_json(damaged / "config.json", settings | {"contract": 2})
+    write_json(damaged / "config.json", settings | {"contract": 3})
     code, line = error(run(damaged, "-p", "x"))
     assert code == 3
-    assert line.endswith("has contract 2, this smallgpt reads 1; upgrade smallgpt")
+    assert line.endswith("has contract 3, this smallgpt reads 2; upgrade smallgpt")
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float99"}, {"dtype": "float16"}, {"head_dim": 4}, {"num_kv_heads": 8}])
+def test_a_configuration_of_another_cache_is_refused(damaged: Path, change: dict[str, object]) -> None:
+    settings = json.loads((damaged / "config.json").read_text())
+    if "dtype" in change:
+        settings |= change
+    else:
+        settings["model"] |= change
+    write_json(damaged / "config.json", settings)
+    code, line = error(run(damaged, "-p", "x"))
+    assert (code, line) == (3, f"error: {damaged}: the cache of the graph is not that of config.json")
+
+
+def test_what_was_decoded_is_not_lost_where_nothing_can_follow(random_bundles: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the\ncat\n")
+    options = ["--no-repeat-ngram-size", 1, "--ignore-eos", "--context-overflow", "slide", "-n", 3000, "--jsonl"]
+    result = run(random_bundles / "fp32", "--batch-file", tmp_path / "prompts.txt", *options)
+    assert result.returncode == 2
+    assert result.stderr.decode().splitlines()[-1].startswith("error: no token is left: ")
+    rows = [json.loads(line) for line in result.stdout.decode().splitlines()]
+    assert [row["finish_reason"] for row in rows] == ["interrupted"] * 2
+    assert all(200 < len(set(row["token_ids"])) == len(row["token_ids"]) for row in rows)
 
 
 def test_a_foreign_tokenizer_is_refused(damaged: Path) -> None:

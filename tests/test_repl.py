@@ -194,12 +194,18 @@ def test_control_c_stops_a_continuation_and_leaves_at_the_prompt(terminal: type[
     assert "Traceback" not in session.text
 
 
-def test_the_end_of_the_context(terminal: type[Terminal], bundle: Path) -> None:
+def test_the_end_of_the_context(terminal: type[Terminal], bundle: Path, tmp_path: Path) -> None:
     session = terminal(bundle, "-n", 8, "-s", 5)
     session.read_until("> $")
     words = "the cat sat under the mat, " * 10
-    count = len(tiny.tokenizer().encode(words)) + 1
-    assert session.answer(words) == f"error: the text has {count} tokens and the context 64; /reset begins an empty one"
+    session.answer("the cat")
+    session.answer(f"/save {tmp_path / 'before.txt'}")
+    before = (tmp_path / "before.txt").read_text()
+    count = len(tiny.tokenizer().encode(before + words)) + 1
+    message = f"error: the text would have {count} tokens, the context 64; /reset begins an empty one"
+    assert session.answer(words) == message
+    session.answer(f"/save {tmp_path / 'after.txt'}")
+    assert (tmp_path / "after.txt").read_text() == before  # which can go on
     session.type("/exit\n")
     assert session.process.wait(timeout=30) == 0
     session = terminal(bundle, "-n", 80, "-s", 5, "--ignore-eos", "--context-overflow", "slide", "--speculate", 4)

@@ -452,6 +452,7 @@ def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) 
         ({"seed": 2**63}, f"seed is {2**63}; it must be between 0 and"),
         ({"stop": ["a", ""]}, r"stop is ['a', '']; it must be a list of texts, none of them empty"),
         ({"stop": [1]}, "stop is [1]; it must be a list of texts"),
+        ({"stop": ["a\udce9"]}, r"stop is ['a\udce9'], which is no Unicode text"),
         ({"stop": 5}, "stop is 5; it must be a list of texts"),
         ({"stop": {"a": 1}}, "stop is {'a': 1}; it must be a list of texts"),
         ({"repeat_last_n": -2}, "repeat_last_n is -2; it must be between -1 and"),

@@ -374,7 +374,7 @@ def test_health_metrics_and_description(server: Served) -> None:
         ({"num_beams": 17}, "num_beams is 17; this server allows at most 16", "num_beams"),
         ({"num_beams": 2, "logprobs": 1}, "beam search has no logprobs", "logprobs"),
         (
-            {"prompt": ["a"] * 5, "n": 13, "echo": True, "logprobs": 0},
+            {"prompt": ["a"] * 5, "n": 13, "logprobs": 0},
             "at most 64 choices (--max-prompts), not 65",
             "n",
         ),
@@ -561,6 +561,18 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(slow: Path) -> None:
         choice = running.result()["choices"][0]
         assert choice["reason"] == "length"
         assert streaming.result()[1] == [choice["text"]]
+        assert server.process.wait(60) == 143
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_runs_also_where_nobody_reads_its_messages(slow: Path) -> None:
+    with serving(slow) as server, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.complete, prompt="the", max_tokens=1500, ignore_eos=True, seed=1)
+        server.wait_for("requests_running", 1)
+        assert server.process.stderr is not None
+        server.process.stderr.close()  # as `2>&1 | grep -m1 listening` does
+        server.process.send_signal(signal.SIGTERM)
+        assert running.result()["choices"][0]["reason"] == "length"
         assert server.process.wait(60) == 143
 
 
