@@ -13,7 +13,7 @@ import torch
 from smallgpt.bundle import MODEL, TOKENIZER
 from smallgpt.files import sha256_file
 from smallgpt.model import SmallGPT
-from smallgpt.runtime import OrtGPT
+from smallgpt.runtime import OrtGPT, golden_logits
 from smallgpt.score import token_nats
 from smallgpt.tokenizer import Tokenizer
 
@@ -21,6 +21,9 @@ BATCHES = (1, 2, 5)
 DECODE_STEPS = 32
 GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 5, 8, 64
 SINGLE_TOKENS = 2000
+# A token at a time; the same in two rows, as in a batch; and eight at a time, as guesses are checked.
+WAYS = ("single", "paired", "eight")
+GOLDEN_LIMIT = 0.5  # of a quantised bundle's logits, elsewhere against here
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Limits:
     mean_difference: float
     bits_per_byte_difference: float  # relative
     greedy_gap: float  # where the greedy texts part, how much PyTorch prefers its own token
-    # Relative, of SINGLE_TOKENS tokens scored one by one: other kernels run there. None does not measure it.
+    # Relative, of SINGLE_TOKENS tokens scored in each of WAYS: other kernels run there. None does not measure it.
     single_bits_per_byte_difference: float | None = None
 
 
@@ -41,8 +44,8 @@ def certify(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarr
 
     Logits are compared over the whole text in windows of the context; for the batches of BATCHES through a prefill of
     prompts of different lengths and DECODE_STEPS single tokens up to the end of the context; and for one context cut
-    into pieces. Then come greedy texts, bits per byte (for quantised graphs also of single tokens at batch 1), and
-    golden logits for machines without PyTorch.
+    into pieces. Then come greedy texts, bits per byte (for quantised graphs also in each of WAYS), and golden logits
+    for machines without PyTorch.
     Raises ValueError, naming the check, its value and its limit, when a limit is broken.
     """
     name = served.bundle.config.variant
@@ -58,9 +61,12 @@ def certify(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarr
         **scores,
     }
     if limits.single_bits_per_byte_difference is not None:
-        _, scores, _ = _compare_text(served, model, tokenizer, ids[: SINGLE_TOKENS + 1], singly=True)
-        figures |= {f"single_{key}": value for key, value in scores.items()}
-    for check, limit in asdict(limits).items():
+        for way in WAYS:
+            _, scores, _ = _compare_text(served, model, tokenizer, ids[: SINGLE_TOKENS + 1], way)
+            figures |= {f"{way}_{key}": value for key, value in scores.items()}
+    asked = asdict(limits)
+    asked |= {f"{way}_bits_per_byte_difference": limits.single_bits_per_byte_difference for way in WAYS}
+    for check, limit in asked.items():
         if limit is not None and not figures[check] <= limit:  # also when it is NaN
             raise ValueError(
                 f"the certificate of {name} fails: {check} is {figures[check]:.3g}, the limit is {limit:g}; "
@@ -78,7 +84,8 @@ def certify(served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarr
             "model.safetensors": served.bundle.config.lineage["model"],
             TOKENIZER: tokenizer.sha256,
         },
-        "golden": list(_golden(model, ids)),
+        "golden_limit": min(limits.max_difference, GOLDEN_LIMIT),
+        "golden": list(_golden(served, model, ids)),
     }
 
 
@@ -109,18 +116,17 @@ def _excerpt(ids: np.ndarray, start: int, length: int) -> np.ndarray:
 
 
 def _compare_text(
-    served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray, *, singly: bool = False
+    served: OrtGPT, model: SmallGPT, tokenizer: Tokenizer, ids: np.ndarray, way: str = ""
 ) -> tuple[float, dict[str, float], dict[str, float]]:
     """Over windows of the context: how often both hold the same token most likely, bits per byte, and differences.
 
-    With `singly` every token is a step of its own for the bundle, at batch 1.
+    The bundle reads a window at once, or in one of WAYS.
     """
     context = served.max_seq_len
     difference, same, nats = _Difference(), 0, np.zeros(2)
     for start in range(0, len(ids) - 1, context):
         window = ids[start : start + context + 1]
-        cuts = range(1, len(window) - 1) if singly else ()
-        expected, actual = _torch_logits(model, window[:-1]), served.logits(window[:-1], cuts)
+        expected, actual = _torch_logits(model, window[:-1]), _served_logits(served, window[:-1], way)
         difference.add(expected, actual)
         same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
         nats += [token_nats(logits, window[1:]).sum() for logits in (expected, actual)]
@@ -132,6 +138,15 @@ def _compare_text(
         "bits_per_byte_difference": _rounded(abs(of_onnx / of_torch - 1)),
     }
     return _rounded(same / (len(ids) - 1)), scores, difference.to_dict()
+
+
+def _served_logits(served: OrtGPT, ids: np.ndarray, way: str) -> np.ndarray:
+    """The bundle's logits (T, V) of ids (T,), which it reads at once or in one of WAYS."""
+    if way == "paired":
+        served.reserve(2)
+        return np.stack([served.step(np.repeat(token, 2))[0].copy() for token in ids])
+    size = {"single": 1, "eight": 8}.get(way, len(ids))
+    return served.logits(ids, range(size, len(ids), size))
 
 
 def _compare_batches(served: OrtGPT, model: SmallGPT, ids: np.ndarray) -> dict[str, dict[str, float]]:
@@ -190,13 +205,17 @@ def _compare_greedy(
     return splits
 
 
-def _golden(model: SmallGPT, ids: np.ndarray) -> Iterator[dict[str, Any]]:
-    """PyTorch's logits after short, longer and context-long excerpts, for `check_golden`."""
+def _golden(served: OrtGPT, model: SmallGPT, ids: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Logits after short, longer and context-long excerpts, for `check_golden`: PyTorch's, or of a quantised bundle
+    its own, which are further from PyTorch's than a wrong computation may be from them."""
     context = model.config.max_seq_len
     for length in (1, min(16, context), context):
         row = _excerpt(ids, length, length)
-        logits = _torch_logits(model, row)[-1].astype("<f4")
-        yield {"ids": row.tolist(), "logits": base64.b64encode(logits.tobytes()).decode("ascii")}
+        logits = golden_logits(served, row)
+        if not served.pairs:
+            logits = [_torch_logits(model, row)[-1]] * len(logits)
+        texts = [base64.b64encode(part.astype("<f4").tobytes()).decode("ascii") for part in logits]
+        yield {"ids": row.tolist(), "logits": texts}
 
 
 def _rounded(value: float) -> float:

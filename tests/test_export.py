@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,11 +19,11 @@ import torch
 
 from smallgpt import export as export_module
 from smallgpt.builder import MOST_COLUMNS, GraphBuilder
-from smallgpt.bundle import FILES
+from smallgpt.bundle import FILES, load_bundle, write_config
 from smallgpt.cli import MismatchError
 from smallgpt.config import ExportConfig
 from smallgpt.export import VARIANTS, export, library_hashes, second_moments
-from smallgpt.files import sha256_bytes, sha256_file
+from smallgpt.files import sha256_bytes, sha256_file, write_json
 from smallgpt.generation import MANY_TOKENS, Batch
 from smallgpt.model import SmallGPT
 from smallgpt.quantize import Quantized, quantize, quantize_weights
@@ -350,13 +351,16 @@ def test_the_certificate_says_what_was_measured(pair) -> None:
         assert certificate["versions"]["torch"] == torch.__version__
         assert [len(golden["ids"]) for golden in certificate["golden"]] == [1, 16, CONTEXT]
         golden = certificate["golden"][-1]
-        stored = np.frombuffer(base64.b64decode(golden["logits"]), "<f4")
-        np.testing.assert_allclose(stored, torch_logits(model, np.array([golden["ids"]]))[0, -1], atol=1e-5)
+        assert [len(golden["logits"]) for golden in certificate["golden"]] == [1, 2, 2]
+        for text in golden["logits"]:
+            stored = np.frombuffer(base64.b64decode(text), "<f4")
+            np.testing.assert_allclose(stored, torch_logits(model, np.array([golden["ids"]]))[0, -1], atol=1e-5)
     for variant, limit in (("int8", 2e-3), ("int4", 5e-3), ("int8-kv8", 2e-3), ("int4-kv8", 5e-3)):
         figures = json.loads((bundles / variant / "parity.json").read_text())["figures"]
         assert figures["bits_per_byte_difference"] < limit
-        assert 0 < figures["single_bits_per_byte_difference"] < 2 * limit
-        assert figures["single_bits_per_byte_torch"] == figures["bits_per_byte_torch"]  # the text is below 2,000 tokens
+        for way in ("single", "paired", "eight"):
+            assert 0 < figures[f"{way}_bits_per_byte_difference"] < 2 * limit
+            assert figures[f"{way}_bits_per_byte_torch"] == figures["bits_per_byte_torch"]  # of less than 2,000 tokens
         assert 0.6 < figures["top1_agreement"] < 1
     report = json.loads((bundles.parent / "export.json").read_text())
     for variant in VARIANTS:
@@ -462,11 +466,20 @@ def test_the_certificate_fails_on_a_matrix_with_scales_of_other_rows(
     assert not list(tmp_path.iterdir())
 
 
-def test_golden_logits_of_a_quantised_bundle_are_checked(pair) -> None:
-    for variant in ("int8", "int4", "int8-kv8", "int4-kv8"):
-        count, largest = check_golden(OrtGPT(pair[1] / variant, device="cpu", threads=1))
-        assert count == 3
-        assert 0 < largest < VARIANTS[variant].limits.max_difference
+@pytest.mark.parametrize("variant", ["int8", "int4", "int8-kv8", "int4-kv8"])
+def test_golden_logits_of_a_quantised_bundle_are_its_own(pair, tmp_path: Path, variant: str) -> None:
+    bundle = shutil.copytree(pair[1] / variant, tmp_path / variant)
+    count, largest = check_golden(OrtGPT(bundle, device="cpu", threads=1))
+    assert count == 3
+    assert largest < 1e-3  # PyTorch's are a hundred times as far
+    certificate = json.loads((bundle / "parity.json").read_text())
+    logits = np.frombuffer(base64.b64decode(certificate["golden"][1]["logits"][1]), "<f4").copy()
+    logits[7] += 0.51
+    certificate["golden"][1]["logits"][1] = base64.b64encode(logits.tobytes()).decode()
+    write_json(bundle / "parity.json", certificate)
+    write_config(bundle, load_bundle(bundle, verify=False).config)
+    with pytest.raises(MismatchError, match=r"logits differ by 0\.51 from those in parity\.json, limit 0\.5"):
+        check_golden(OrtGPT(bundle, device="cpu", threads=1))
 
 
 @pytest.mark.parametrize("variant", ["int4", "int8-kv8"])
