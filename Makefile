@@ -9,8 +9,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
 # DVC removes the outputs of a stage before it runs. When that fails its cache has the old ones, but not the reports.
-keeping = rm -rf .smallgpt/reports && mkdir -p .smallgpt reports && cp -a reports .smallgpt && \
-	{ $(1) || { code=$$?; dvc checkout --quiet --force || true; cp -an .smallgpt/reports/. reports; exit $$code; }; }
+# Their copy goes once it is not needed; one that is there is of a call that was killed.
+restore = { [ ! -d .smallgpt/reports ] || cp -an .smallgpt/reports/. reports; rm -rf .smallgpt/reports; }
+keeping = mkdir -p .smallgpt reports && $(restore) && cp -a reports .smallgpt && \
+	{ $(1) || { code=$$?; dvc checkout --quiet --force || true; $(restore); exit $$code; }; } && rm -rf .smallgpt/reports
 
 .PHONY: help repro test test-fast lint format ui export data bench bench-train clean
 
@@ -24,11 +26,12 @@ help:  ## List the targets
 	touch $@
 
 repro: .venv/.installed  ## Run the pipeline: corpus, tokenizer, training, evaluation, export
-	@python -m smallgpt.config params.yaml
+	@python -m smallgpt.config --complete params.yaml
 	@$(call keeping,dvc repro)
 	@printf '\ncorpus     data/prepared\ntokenizer  models/tokenizer\nmodel      models/gpt\nbundles    exports (no PyTorch needed)\nreports    reports, and make ui\n\n'
 	@cat reports/evaluate/perplexity.md
-	@echo && python -m smallgpt.ort_generate exports/fp32 --echo --quiet --seed 1 -p 'Once upon a time'
+	@bundle=$$(ls -d exports/{fp32,int8,int4,*-kv8} 2> /dev/null | head -n 1); [ -z "$$bundle" ] || \
+		{ echo && python -m smallgpt.ort_generate "$$bundle" --echo --quiet --seed 1 -p 'Once upon a time'; }
 
 export: .venv/.installed  ## Run what the ONNX bundles need
 	@$(call keeping,dvc repro export)

@@ -102,6 +102,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = _report(f"not enough memory: {error}" if str(error) else "not enough memory", 2)
     except ValueError as error:
         code = _report(error, 2)
+    except RuntimeError as error:  # as PyTorch says that memory is short
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        code = _report("not enough memory; lower batch_size, or the model's size or context", 2)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     try:

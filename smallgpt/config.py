@@ -296,8 +296,15 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m smallgpt.config [FILE ...]`: check parameter files and say nothing when they are right."""
     parser = argparse.ArgumentParser(prog="python -m smallgpt.config", description="Check parameter files.")
     parser.add_argument("files", nargs="*", default=["params.yaml"], help="default: params.yaml")
-    for file in parser.parse_args(arguments).files:
-        load_config(file)
+    parser.add_argument("--complete", action="store_true", help="refuse what DVC could not read settings from")
+    options = parser.parse_args(arguments)
+    for file in options.files:
+        config = load_config(file)
+        if options.complete:  # what dvc.yaml names must stand there, defaults or not
+            missing = [name for name in Config.model_fields if name not in config.model_fields_set]
+            missing += [] if "vocab_size" in config.model.model_fields_set else ["model.vocab_size"]
+            if missing:
+                raise ValueError(f"{file} has no {', '.join(missing)}; the pipeline needs them: see configs/")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Files that are either whole or absent, and their hashes."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -60,12 +61,19 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name that is as long as may be has room for no more
-    with temporary.open("wb") as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # A name that is as long as may be has room for no more; others may begin in the same way.
+    temporary = path.with_name(f".{path.name[:50]}.{sha256_bytes(os.fsencode(path.name))[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -48,6 +48,7 @@ def loop(
 ) -> None:
     """Run the steps that are left; only the first of several processes validates and writes. Raises as `train`."""
     settings = config.training
+    rest = "the same command goes on from there" if settings.resume == "auto" else "with resume: never it starts anew"
     loss_function = compiled(state.model, config)
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.seq_len
     quiet = None if ranks.first else True  # None: quiet unless stderr is a terminal
@@ -57,7 +58,14 @@ def loop(
             validate(config, state, data["valid"], tracker)
         speed = Speed(folder / "speed.csv" if ranks.first else None, tokens_per_step, state.step)
         while state.step < settings.max_steps:
-            loss, norm, rate = train_step(config, state, data["train"], loss_function, ranks)
+            try:
+                loss, norm, rate = train_step(config, state, data["train"], loss_function, ranks)
+            except Exception:
+                if not received:
+                    raise
+                # Ctrl-C reached the compiler too, in the first step: there is nothing to save.
+                name = signal.Signals(received[0]).name
+                raise StoppedError(f"stopped by {name} after step {state.step}; {rest}", received[0]) from None
             state.step += 1
             step, last = state.step, state.step == settings.max_steps
             if step % settings.log_interval == 0 or last:
@@ -77,8 +85,6 @@ def loop(
             if stopped:
                 ranks.wait()  # the first process to end may take the others with it
                 name = signal.Signals(stopped).name
-                goes_on = settings.resume == "auto"
-                rest = "the same command goes on from there" if goes_on else "with resume: never it starts anew"
                 raise StoppedError(f"stopped by {name} after step {step}; {rest}", stopped)
 
 
@@ -244,7 +250,7 @@ class Speed:
         self.step, self.start = step, now
         memory = peak_memory_mib()
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk ends no training here
                 file.write(f"{step},{rate:.1f},{memory:.1f}\n")
         return {"tokens_per_second": rate, "peak_memory_mib": memory}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,14 +56,15 @@ def new_state(config: Config, device: torch.device) -> TrainState:
 
 
 def fingerprint(config: Config, data: dict[str, TokenFile], device: torch.device, threads: int) -> str:
-    """Hash of all that shapes the result: settings, data, tokenizer, source, PyTorch, threads, device."""
+    """Hash of all that shapes the result: settings, data, tokenizer, source, versions, threads, device."""
     parts = {
         "source": [sha256_file(Path(__file__).with_name(f"{name}.py")) for name in SOURCES],
         "model": config.model.model_dump(),
+        "shape": [config.model.kv_heads, config.model.hidden_dim, config.seq_len],  # what is null above
         "training": config.training.shaping(),
         "data": {split: file.sha256 for split, file in data.items()},
         "tokenizer": data["train"].tokenizer_sha256,
-        "torch": torch.__version__,
+        "versions": [torch.__version__, np.__version__],  # NumPy's permutations are those of its version
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": threads,
     }

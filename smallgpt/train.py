@@ -68,7 +68,7 @@ def train(
     key = fingerprint(config, data, device, threads)
     folder = work / key[:16]
     unknown = MismatchError(
-        f"{work} holds no stopped training with these settings, data, source and versions; "
+        f"{work} holds no stopped training with these settings, data, source, versions, threads and device; "
         "give it what it was started with, or use --out to start a new one"
     )
     if resume_only and not any(folder.glob("state-*")):
@@ -95,7 +95,8 @@ def train(
         others = {str(saved.parent) for saved in work.glob("*/state-*")} - {str(folder)}
         if others and not state.step and ranks.first:
             log.info(
-                "starting anew: the settings, data, source or versions of %s are others", ", ".join(sorted(others))
+                "starting anew: the settings, data, source, versions, threads or device of %s are others",
+                ", ".join(sorted(others)),
             )
         resume_key = key if settings.resume == "auto" else None
         with start_run("train", resume_key=resume_key) if track and ranks.first else Tracker() as tracker:

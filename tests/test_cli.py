@@ -41,6 +41,11 @@ def start(body: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
             "error: not enough memory: Unable to allocate 1.00 PiB for an array with shape (1125899906842624,) and "
             "data type int8\n",
         ),
+        (
+            "import torch; torch.empty(2**50)",
+            2,
+            "error: not enough memory; lower batch_size, or the model's size or context\n",
+        ),
         ("raise FileNotFoundError('x.txt does not exist')", 2, "error: x.txt does not exist\n"),
         ("open('/no/such/file')", 2, "error: /no/such/file: no such file or directory; name another path\n"),
         (

@@ -337,6 +337,13 @@ def test_check_command(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(REFERENCE)
     good = check_command(cwd=tmp_path)
     assert (good.returncode, good.stdout, good.stderr) == (0, "", "")
+    part = check_command("--complete", cwd=tmp_path)
+    assert part.returncode == 2
+    expected = (
+        "error: params.yaml has no prepare, tokenizer, evaluation, export; the pipeline needs them: see configs/\n"
+    )
+    assert part.stderr == expected
+    assert check_command("--complete", str(ROOT / "params.yaml"), cwd=tmp_path).returncode == 0
     (tmp_path / "bad.yaml").write_text("training: {batch_size: 0}\n")
     bad = check_command("params.yaml", "bad.yaml", cwd=tmp_path)
     line = "error: bad.yaml: training.batch_size is 0; it should be greater than or equal to 1\n"

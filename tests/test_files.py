@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from small_run import ROOT
 
 from smallgpt.files import expand, replace_folder, sha256_bytes, sha256_file, to_csv, write_atomic, write_json
 
@@ -87,6 +90,31 @@ def test_replace_folder_swaps_the_whole_folder(tmp_path: Path) -> None:
             (temporary / generation).write_text(generation)
     assert names(folder) == ["two"]
     assert names(folder.parent) == ["model"]
+
+
+def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("old")
+    code = f"""
+import resource
+from pathlib import Path
+from smallgpt.cli import run
+from smallgpt.files import write_atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # as on a full disk, the error of the write names no file
+run(lambda: write_atomic(Path({str(tmp_path / "a.json")!r}), "new" * 10))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == f"error: {tmp_path / 'a.json'}: file too large; name another path\n"
+    assert done.returncode == 2
+    assert names(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_names_that_begin_alike_do_not_share_a_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(Path, "replace", lambda self, target: written.append(self))
+    for seed in (1, 2):
+        write_atomic(tmp_path / f"{'stories-25m-temperature-0.80-' * 3}seed-{seed}.json", "text")
+    assert len(set(written)) == 2
 
 
 def test_replace_folder_keeps_the_old_one_on_an_error(tmp_path: Path) -> None:

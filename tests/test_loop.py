@@ -1,5 +1,6 @@
 """The loop: golden losses, every part of a step against a slow recomputation, and numbers that are not finite."""
 
+import contextlib
 import logging
 import math
 import os
@@ -12,16 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import ROOT, SEQ_LEN, Watcher, chain, configure, copy, run_loop, same, streams, token_file
+from small_run import (
+    ROOT,
+    SEQ_LEN,
+    Watcher,
+    chain,
+    configure,
+    copy,
+    run_loop,
+    same,
+    streams,
+    token_file,
+    wait_for,
+    write_project,
+)
 from torch import Tensor
 
 from smallgpt.cli import StoppedError
 from smallgpt.loop import Speed, compiled, stop_signals, train_step, validate
 from smallgpt.model import SmallGPT
 from smallgpt.state import new_state
+from smallgpt.tokenizer import Tokenizer
 from smallgpt.tokens import batch
 from smallgpt.tracking import Tracker
 
@@ -379,6 +395,46 @@ def test_signal_stops_between_two_steps_with_the_state_saved(tmp_path: Path, sig
     assert state.step == 5
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-000000005"]
     assert signal.getsignal(signum) is before
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_an_error_in_a_step_is_the_signals_where_there_was_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pressed: bool
+) -> None:
+    def loss_function(ids: Tensor, targets: Tensor) -> Tensor:
+        if pressed:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("g++ was stopped")
+
+    monkeypatch.setattr("smallgpt.loop.compiled", lambda model, config: loss_function)
+    expected = "^stopped by SIGINT after step 0; the same" if pressed else r"^g\+\+ was stopped$"
+    with pytest.raises(StoppedError if pressed else RuntimeError, match=expected):
+        run_loop(configure(), tmp_path)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_step_is_compiled(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_project(tmp_path, configure(compile=True), tokenizer)
+    command = [sys.executable, "-m", "stages.train"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    # Ctrl-C in a terminal goes to a process and to all that it started.
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+
+    def compiles_a_kernel() -> bool:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended
+                if child.name() == "cc1plus" and any(word.endswith(".main.cpp") for word in child.cmdline()):
+                    return True
+        return False
+
+    wait_for(compiles_a_kernel, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "error: stopped by SIGINT after step 0; the same command goes on from there"
+    assert "Traceback" not in stderr
 
 
 def test_second_signal_stops_at_once() -> None:

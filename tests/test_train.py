@@ -207,7 +207,10 @@ def test_changed_settings_never_take_up_an_old_state(runner: Runner, caplog: pyt
     assert "starting anew" not in caplog.text
     (stopped,) = (runner.folder / "work").glob("*/state-000000004")
     runner(configure(seed=2))
-    assert f"starting anew: the settings, data, source or versions of {stopped.parent} are others" in caplog.text
+    assert (
+        f"starting anew: the settings, data, source, versions, threads or device of {stopped.parent} are others"
+        in caplog.text
+    )
     assert runner.outs == expected
     assert runner.states() == ["state-000000002", "state-000000004"]  # they wait for the settings to come back
 
@@ -601,7 +604,8 @@ def test_a_refused_resume_leaves_the_stopped_training_as_it_was(tmp_path: Path, 
             trainer.train(tmp_path / "corpus.txt")
     before = contents(tmp_path / "work")
     with pytest.raises(
-        MismatchError, match=r"holds no stopped training with these settings, data, source and versions"
+        MismatchError,
+        match=r"holds no stopped training with these settings, data, source, versions, threads and device",
     ):
         trainer.train(tmp_path / "other.txt", resume_only=True)
     assert contents(tmp_path / "work") == before
