@@ -30,7 +30,7 @@ repro: .venv/.installed  ## Run the pipeline: corpus, tokenizer, training, evalu
 	@$(call keeping,dvc repro)
 	@printf '\ncorpus     data/prepared\ntokenizer  models/tokenizer\nmodel      models/gpt\nbundles    exports (no PyTorch needed)\nreports    reports, and make ui\n\n'
 	@cat reports/evaluate/perplexity.md
-	@bundle=$$(ls -d exports/{fp32,int8,int4,*-kv8} 2> /dev/null | head -n 1); [ -z "$$bundle" ] || \
+	@bundle=$$(ls -d exports/{fp32*,int*} 2> /dev/null | head -n 1); [ -z "$$bundle" ] || \
 		{ echo && python -m smallgpt.ort_generate "$$bundle" --echo --quiet --seed 1 -p 'Once upon a time'; }
 
 export: .venv/.installed  ## Run what the ONNX bundles need

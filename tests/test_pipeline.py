@@ -289,6 +289,19 @@ def test_a_failing_stage_keeps_the_reports(project: Path) -> None:
 
 
 @pytest.mark.slow
+def test_reports_that_a_killed_call_left_in_their_copy_come_back(project: Path) -> None:
+    reports = {path: path.read_bytes() for path in (project / "reports").rglob("*") if path.is_file()}
+    copy = project / ".smallgpt/reports"
+    assert not copy.exists()
+    shutil.copytree(project / "reports", copy)
+    shutil.rmtree(project / "reports/train")
+    output = run("make", "-o", ".venv/.installed", "repro", cwd=project)
+    assert "Running stage" not in output
+    assert {path: path.read_bytes() for path in (project / "reports").rglob("*") if path.is_file()} == reports
+    assert not copy.exists()
+
+
+@pytest.mark.slow
 def test_serving_install_alone(project: Path, tmp_path: Path) -> None:
     """A new environment with the base install generates the same text, and nothing of the training install is in it."""
     run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
