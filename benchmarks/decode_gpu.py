@@ -1,4 +1,5 @@
-"""Decoding speed on a GPU: our PyTorch model, compiled over a cache of fixed size, Transformers, and the fp16 bundle.
+"""Decoding speed on a GPU: our PyTorch model, compiled over a cache of fixed size, Transformers, and the fp16 bundle
+with each of ONNX Runtime's kernels for attention.
 
     python benchmarks/decode_gpu.py [--shape gpt2] [--bundle exports/fp16] [--device cuda] [--rounds 5] [--steps 400]
                                     [--out reports/bench/gpu-decode.json]
@@ -9,6 +10,8 @@ reason and left out. Writes a Markdown table beside the JSON, after every round.
 """
 
 import argparse
+import functools
+import os
 import statistics
 import sys
 import tempfile
@@ -16,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,6 +35,13 @@ from smallgpt.model import SmallGPT
 
 BATCHES = (1, 8, 64)
 PROMPT, LONG = 16, 512  # tokens
+# ONNX Runtime's attention kernels, by the variables that it reads while a session opens; first its own choice.
+KERNELS: dict[str, dict[str, str]] = {
+    "ours": {},
+    "ours, XQA": {"ORT_ENABLE_XQA": "1"},
+    "ours, Flash": {"ORT_ENABLE_XQA": "0", "ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"},
+    "ours, cuDNN": {"ORT_ENABLE_XQA": "0", "ORT_ENABLE_CUDNN_FLASH_ATTENTION": "1"},
+}
 
 
 class Contender(Protocol):
@@ -140,12 +151,13 @@ def contenders(
             kind = "float16" if device.type == "cuda" else "float32"
             return engines.Transformers(Path(folder), cores(), kind, device.type)
 
-    makers: dict[str, Any] = {
-        "PyTorch, compiled": lambda: Compiled(model, device),
-        "Transformers": transformers,
-    }
-    if bundle:
-        makers = {"ours": lambda: engines.Ours(bundle, cores(), device=device.type), **makers}
+    def ours(variables: dict[str, str]) -> Contender:
+        assert bundle is not None
+        with mock.patch.dict(os.environ, variables):
+            return engines.Ours(bundle, cores(), device=device.type)
+
+    makers: dict[str, Any] = {name: functools.partial(ours, kernel) for name, kernel in KERNELS.items() if bundle}
+    makers |= {"PyTorch, compiled": lambda: Compiled(model, device), "Transformers": transformers}
     found: dict[str, Contender] = {}
     failed: dict[str, str] = {}
     for name, make in makers.items():
@@ -167,7 +179,7 @@ def measure(contender: Contender, ids: np.ndarray, steps: int) -> dict[str, floa
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The medians, and the ratio of the first contender to the best of the others, above 1 where it is faster."""
+    """The medians, and the ratio of the first contender to the best that is not ours, above 1 where it is faster."""
     shape, cells = report["model"], report["median"]
     lines = [
         f"{shape['architecture']}, {shape['num_layers']} layers of {shape['embed_dim']}, vocabulary "
@@ -179,10 +191,12 @@ def to_markdown(report: dict[str, Any]) -> str:
         "|---" + "|---:" * (len(cells) + 1) + "|",
     ]
     for row in next(iter(cells.values()), {}):
-        first, *others = (cell[row] for cell in cells.values())
+        first, *rest = cells
+        others = [cells[name][row] for name in rest if not name.startswith("ours")]
         less = row.startswith("first")
-        ratio = f"{min(others) / first if less else first / max(others):.2f}" if others else ""
-        shown = [f"{value * 1000:.2f} ms" if less else f"{value:,.0f}" for value in (first, *others)]
+        best = cells[first][row]
+        ratio = f"{min(others) / best if less else best / max(others):.2f}" if others else ""
+        shown = [f"{cell[row] * 1000:.2f} ms" if less else f"{cell[row]:,.0f}" for cell in cells.values()]
         lines.append(f"| {row} | {' | '.join(shown)} | {ratio} |")
     lines += ["", *(f"Not measured: {name} ({reason})." for name, reason in report["failed"].items())]
     return "\n".join(lines).rstrip() + "\n"

@@ -5,7 +5,7 @@
 #                                                         gpu-decode.{json,md}, with BUNDLE=FOLDER of that bundle too
 #   PARTS=presets benchmarks/gpu.sh [FOLDER_OF_WHEELS]    quality: a row and a model card for each of PRESETS
 #   PARTS=ablations benchmarks/gpu.sh [FOLDER_OF_WHEELS]  what each part of the recipe is worth at 20M parameters:
-#                                                         reports/bench/gpu-ablations.{json,md}
+#                                                         reports/bench/gpu-ablations{,-documents}.{json,md}
 #
 # Presets and ablations read their corpora from SMALLGPT_DATA_DIR. A call that ran out of time is gone on with by the
 # next: the presets from .smallgpt/gpu, where their models stay, the ablations from their table. With OUT, tables, rows
@@ -84,11 +84,17 @@ if asked presets; then
   done
 fi
 
+ablate() { # name of the table, arguments
+  local table=$out/gpu-$1.json kept=reports/bench/gpu-$1.json
+  [ -f "$table" ] || [ ! -f "$kept" ] || cp "$kept" "$table"
+  part "$1" "$(rest)" "$python" benchmarks/ablations.py --epochs "${EPOCHS:-12}" --set model.embed_dim=512 \
+    --set model.num_heads=8 --set model.num_layers=6 --set model.dropout=0.2 "${@:2}" --out "$table"
+}
 if asked ablations; then
-  table=$out/gpu-ablations.json
-  [ -f "$table" ] || [ ! -f reports/bench/gpu-ablations.json ] || cp reports/bench/gpu-ablations.json "$table"
-  part ablations "$(rest)" "$python" benchmarks/ablations.py ${ONLY:+--only "$ONLY"} --epochs "${EPOCHS:-12}" \
-    --set model.embed_dim=512 --set model.num_heads=8 --set model.num_layers=6 --set model.dropout=0.2 --out "$table"
+  ablate ablations ${ONLY:+--only "$ONLY"}
+  # Tiny Shakespeare is one document, so another order of documents is tried on the stories.
+  [ -n "${ONLY:-}" ] || ablate ablations-documents --only 'control,documents reshuffled' \
+    --set prepare.source=stories --set model.vocab_size=2048
 fi
 
 if asked presets || asked ablations; then

@@ -1,6 +1,7 @@
 """benchmarks/decode_gpu.py on a CPU: the cache of fixed size says what the model says, and the table follows."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_report_and_table(bench: ModuleType, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads((tmp_path / "d.json").read_text())
-    assert list(report["failed"]) == ["ours"]
+    assert list(report["failed"]) == ["ours", "ours, XQA", "ours, Flash", "ours, cuDNN"]
     assert "does not exist" in report["failed"]["ours"]
     assert list(report["median"]) == ["PyTorch, compiled", "Transformers"]
     assert report["greedy ids, compiled as uncompiled"] == "6 of 6"
@@ -56,6 +57,40 @@ def test_report_and_table(bench: ModuleType, tmp_path: Path) -> None:
     row = f"| batch 8, context 16-22 | {first:,.0f} | {second:,.0f} | {first / second:.2f} |"
     assert row in (tmp_path / "d.md").read_text()
     assert (tmp_path / "d.md").read_text() in done.stdout
+
+
+def test_the_ratio_is_to_what_is_not_ours(bench: ModuleType) -> None:
+    rows = {"ours": 300.0, "ours, XQA": 900.0, "PyTorch, compiled": 100.0, "Transformers": 200.0}
+    report = {
+        "model": {"architecture": "gpt2", "num_layers": 1, "embed_dim": 8, "vocab_size": 9},
+        "precision": "fp16",
+        "machine": "a GPU",
+        "torch": "2",
+        "rounds": 1,
+        "greedy ids, compiled as uncompiled": "32 of 32",
+        "median": {name: {"first token, prompt 9": 1 / value, "batch 1": value} for name, value in rows.items()},
+        "failed": {},
+    }
+    lines = bench.to_markdown(report).splitlines()
+    assert lines[-2] == "| first token, prompt 9 | 3.33 ms | 1.11 ms | 10.00 ms | 5.00 ms | 1.50 |"
+    assert lines[-1] == "| batch 1 | 300 | 900 | 100 | 200 | 1.50 |"
+
+
+def test_each_kernel_is_asked_for_while_its_session_opens(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, models: dict[str, SmallGPT]
+) -> None:
+    names = ("ORT_ENABLE_XQA", "ORT_ENABLE_CUDNN_FLASH_ATTENTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import engines
+
+    seen = []
+    monkeypatch.setattr(engines, "Ours", lambda *_, **__: seen.append(tuple(map(os.environ.get, names))))
+    found, _ = bench.contenders(models["gpt2"], torch.device("cpu"), Path("fp16"))
+    assert list(found)[:4] == list(bench.KERNELS)
+    assert seen == [(None, None), ("1", None), ("0", "0"), ("0", "1")]
+    assert not any(name in os.environ for name in names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
