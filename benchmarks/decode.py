@@ -304,8 +304,9 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{shape['architecture']}, {shape['num_layers']} layers of {shape['embed_dim']}, vocabulary "
         f"{shape['vocab_size']}, context {shape['max_seq_len']}, on {machine['cpu']}, {machine['threads']} "
-        f"threads; medians of {report['rounds']} rounds, tokens/s unless said; {versions}. Memory reads "
-        f"{report['memory bytes per second'] / 1e9:.1f} GB/s. Greedy fp32 texts equal to ours: {same}. "
+        f"threads; medians of {report['rounds']} rounds, tokens/s unless said, of batches in the middle of a range; "
+        f"{versions}. Memory reads {report['memory bytes per second'] / 1e9:.1f} GB/s. "
+        f"Greedy fp32 texts equal to ours: {same}. "
         f"Cold start of int8: {report['cold start of int8, seconds']:.2f} s, of which imports "
         f"{report['imports of it, seconds']:.2f} s.",
     ]
