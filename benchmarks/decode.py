@@ -141,8 +141,8 @@ def measure(model: engines.Engine, ids: np.ndarray, context: int) -> dict[str, f
             seconds = model.decode(prompt, batch, steps, last + 1)
             result[f"batch {batch}, context {first}-{last}"] = batch * steps / seconds
         if batch == 1:  # with more some engines read the prompt once, others for every sequence
-            result["peak memory, batch 1"] = peak_memory()
-    return result
+            peak = peak_memory()
+    return result | {"peak memory, batch 1": peak}
 
 
 def peak_memory() -> int:
