@@ -92,7 +92,8 @@ class Ours(Stepping):
 
 
 class LlamaCpp(Stepping):
-    """llama.cpp through its C interface. Every sequence has a cache of its own, which is its faster mode here."""
+    """llama.cpp through its C interface, as it is fastest here: every sequence has a cache of its own, and attention is
+    tiled ("flash") where a prompt is timed, and is not where steps are."""
 
     def __init__(self, path: Path, threads: int) -> None:
         import llama_cpp
@@ -104,7 +105,14 @@ class LlamaCpp(Stepping):
         if not self.model:
             raise ValueError(f"llama.cpp cannot load {path}")
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.shape = (0, 0)
+        self.shape, self.tiled = (0, 0, False), False
+
+    def first_token(self, ids: np.ndarray, capacity: int) -> float:
+        self.tiled = True
+        try:
+            return super().first_token(ids, capacity)
+        finally:
+            self.tiled = False
 
     def prefill(self, ids: np.ndarray, batch: int, capacity: int) -> np.ndarray:
         lib, tokens = self.lib, len(ids)
@@ -130,7 +138,7 @@ class LlamaCpp(Stepping):
 
     def _start(self, batch: int, capacity: int) -> Any:
         lib = self.lib
-        if self.shape == (batch, capacity):
+        if self.shape == (batch, capacity, self.tiled):
             memory = lib.llama_get_memory(self.context)
             lib.llama_memory_clear(memory, False)  # the cache is free again; what it held need not become zeros
             return memory
@@ -140,6 +148,7 @@ class LlamaCpp(Stepping):
         settings.n_ctx, settings.n_batch, settings.n_seq_max = capacity * batch, 2048, batch
         settings.n_threads = settings.n_threads_batch = self.threads
         settings.kv_unified = False
+        settings.flash_attn_type = int(self.tiled)
         self.context = lib.llama_init_from_model(self.model, settings)
         self.batch = lib.llama_batch_init(2048, 0, 1)
         view = np.ctypeslib.as_array
@@ -147,7 +156,7 @@ class LlamaCpp(Stepping):
         self.sequence = [self.batch.seq_id[i] for i in range(2048)]
         view(self.batch.n_seq_id, (2048,))[:] = 1
         self.rows, self.last = np.arange(batch, dtype=np.int32), np.full(2048, -1, np.int32)
-        self.shape = (batch, capacity)
+        self.shape = (batch, capacity, self.tiled)
         return lib.llama_get_memory(self.context)
 
     def _feed(self, ids: np.ndarray, positions: np.ndarray | int, rows: np.ndarray, wanted: list[int] | slice) -> None:
