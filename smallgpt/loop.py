@@ -47,7 +47,7 @@ def loop(
     ranks: Ranks = ALONE,
 ) -> None:
     """Run the steps that are left; only the first of several processes validates and writes. Raises as `train`."""
-    settings = config.training
+    settings, begun = config.training, state.step
     rest = "the same command goes on from there" if settings.resume == "auto" else "with resume: never it starts anew"
     loss_function = compiled(state.model, config)
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.seq_len
@@ -61,9 +61,9 @@ def loop(
             try:
                 loss, norm, rate = train_step(config, state, data["train"], loss_function, ranks)
             except Exception:
-                if not received:
+                # In the first step Ctrl-C has reached the compiler too, and there is nothing to save.
+                if not received or state.step != begun:
                     raise
-                # Ctrl-C reached the compiler too, in the first step: there is nothing to save.
                 name = signal.Signals(received[0]).name
                 raise StoppedError(f"stopped by {name} after step {state.step}; {rest}", received[0]) from None
             state.step += 1

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from small_run import (
 from torch import Tensor
 
 from smallgpt.cli import StoppedError
+from smallgpt.config import Config
 from smallgpt.loop import Speed, compiled, stop_signals, train_step, validate
 from smallgpt.model import SmallGPT
 from smallgpt.state import new_state
@@ -397,18 +399,28 @@ def test_signal_stops_between_two_steps_with_the_state_saved(tmp_path: Path, sig
     assert signal.getsignal(signum) is before
 
 
-@pytest.mark.parametrize("pressed", [True, False])
-def test_an_error_in_a_step_is_the_signals_where_there_was_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pressed: bool
+@pytest.mark.parametrize(("pressed", "step"), [(True, 0), (False, 0), (True, 2)])
+def test_an_error_in_the_first_step_is_the_signals_where_there_was_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pressed: bool, step: int
 ) -> None:
-    def loss_function(ids: Tensor, targets: Tensor) -> Tensor:
-        if pressed:
-            os.kill(os.getpid(), signal.SIGINT)
-        raise RuntimeError("g++ was stopped")
+    steps = iter(range(9))
 
-    monkeypatch.setattr("smallgpt.loop.compiled", lambda model, config: loss_function)
-    expected = "^stopped by SIGINT after step 0; the same" if pressed else r"^g\+\+ was stopped$"
-    with pytest.raises(StoppedError if pressed else RuntimeError, match=expected):
+    def compiled_for_a_while(model: SmallGPT, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+        eager = compiled(model, config)
+
+        def loss_function(ids: Tensor, targets: Tensor) -> Tensor:
+            if next(steps) < step:
+                return eager(ids, targets)
+            if pressed:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("g++ was stopped")
+
+        return loss_function
+
+    monkeypatch.setattr("smallgpt.loop.compiled", compiled_for_a_while)
+    stopped = pressed and step == 0
+    expected = "^stopped by SIGINT after step 0; the same" if stopped else r"^g\+\+ was stopped$"
+    with pytest.raises(StoppedError if stopped else RuntimeError, match=expected):
         run_loop(configure(), tmp_path)
 
 
