@@ -69,6 +69,7 @@ RANGES = ((16, 416), (600, 960))  # of contexts; a model that has neither is tim
 TIMED = {1: 400, 8: 60, 32: 24}  # at most so many steps, by batch
 PROMPTS = (16, 512)
 CHECK_PROMPTS, CHECK_TOKENS = 5, 64
+MEMORY_BYTES = 2**30  # more than caches hold
 SCORED = 4096  # tokens of the test split, or of valid where there is none
 
 
@@ -170,15 +171,18 @@ def nats(model: engines.Engine, ids: np.ndarray, context: int) -> float:
     return total
 
 
-def bandwidth(threads: int) -> float:
-    """Bytes per second of reading memory, by BLAS dot products of long vectors, the best of several."""
-    vectors = [np.ones(2**26, np.float32) for _ in range(threads)]
-    best = 0.0
+def bandwidth(threads: int, size: int) -> float:
+    """Bytes per second of reading the same `size` bytes again and again, in a share for each thread; best of several.
+
+    From memory or from a cache, wherever so many bytes stay: no engine can read weights of that size faster.
+    """
+    vectors = [np.ones(size // threads // 4, np.int32) for _ in range(threads)]
+    times, best = max(1, 2**29 // size), 0.0
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(6):
+        for _ in range(8):
             start = time.perf_counter()
-            list(pool.map(lambda vector: vector @ vector, vectors))
-            best = max(best, sum(vector.nbytes for vector in vectors) / (time.perf_counter() - start))
+            list(pool.map(lambda vector: [vector.max() for _ in range(times)], vectors))
+            best = max(best, times * sum(vector.nbytes for vector in vectors) / (time.perf_counter() - start))
     return best
 
 
@@ -200,7 +204,7 @@ def imports() -> float:
 def worker(task: str, *arguments: str) -> object:
     """What one process of the run does; the arguments are those of `start`."""
     if task == "bandwidth":
-        return bandwidth(int(arguments[0]))
+        return bandwidth(*map(int, arguments))
     engine, kind, path, threads, ids, context = arguments
     model = open_engine(engine, kind, Path(path), int(threads))
     tasks = {"measure": measure, "greedy": greedy, "last_logits": last_logits, "nats": nats}
@@ -250,14 +254,18 @@ def run(
     size = len(text_of(scored[1:], exports / "fp32"))
     bits = {pair: start("nats", *loaded[pair], text, context) / math.log(2) / size for pair in pairs}
     found: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
-    cold, importing, speed = [], [], []
+    cold, importing = [], []
+    sizes = {"memory": MEMORY_BYTES}
+    sizes |= {w: size_of(e, WIDTHS[w][e], exports, work) for w, e in pairs if e == "ours"}
+    speed: dict[str, list[float]] = {name: [] for name in sizes}
     for number in range(rounds):
         for pair in pairs if number % 2 == 0 else reversed(pairs):
             for row, value in start("measure", *loaded[pair], random, context).items():
                 found[pair].setdefault(row, []).append(value)
         cold.append(cold_start(exports / "int8"))
         importing.append(imports())
-        speed.append(start("bandwidth", threads))
+        for name, size in sizes.items():
+            speed[name].append(start("bandwidth", threads, size))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     report: dict[str, Any] = {
         "machine": {"cpu": describe_machine(), "threads": threads},
@@ -265,7 +273,7 @@ def run(
         "versions": {name: _version(python(engine), name) for engine, name in PACKAGES.items() if engine in names},
         "rounds": rounds,
         "greedy fp32 texts equal to ours": same,
-        "memory bytes per second": statistics.median(speed),
+        "bytes per second of reading as many": {name: statistics.median(values) for name, values in speed.items()},
         "cold start of int8, seconds": statistics.median(cold),
         "imports of it, seconds": statistics.median(importing),
         "median": {},
@@ -298,14 +306,14 @@ def to_markdown(report: dict[str, Any]) -> str:
 
     onnxruntime-genai has a ratio of its own: it runs our graph, so only what drives it is compared.
     """
-    shape, machine = report["model"], report["machine"]
+    shape, machine, speed = report["model"], report["machine"], report["bytes per second of reading as many"]
     same = ", ".join(f"{engine} {count}" for engine, count in report["greedy fp32 texts equal to ours"].items())
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"{shape['architecture']}, {shape['num_layers']} layers of {shape['embed_dim']}, vocabulary "
         f"{shape['vocab_size']}, context {shape['max_seq_len']}, on {machine['cpu']}, {machine['threads']} "
         f"threads; medians of {report['rounds']} rounds, tokens/s unless said, of batches in the middle of a range; "
-        f"{versions}. Memory reads {report['memory bytes per second'] / 1e9:.1f} GB/s. "
+        f"{versions}. Memory reads {speed['memory'] / 1e9:.1f} GB/s. "
         f"Greedy fp32 texts equal to ours: {same}. "
         f"Cold start of int8: {report['cold start of int8, seconds']:.2f} s, of which imports "
         f"{report['imports of it, seconds']:.2f} s.",
@@ -329,10 +337,16 @@ def to_markdown(report: dict[str, Any]) -> str:
             lines.append(f"| {row} | " + " | ".join(parts) + " |")
     ours = {width: cells["ours"] for width, cells in report["median"].items() if "ours" in cells}
     if ours:
-        speed = report["memory bytes per second"]
         name = next(row for row in next(iter(ours.values())) if row.startswith("batch 1, "))
-        text = ", ".join(f"{width} {cell[name] * cell['file size'] / speed:.0%}" for width, cell in ours.items())
-        lines += ["", f"Ours at {name}, share of the memory limit (file size over bandwidth): {text}."]
+        shares = [
+            f"{width} {cell[name] * cell['file size'] / speed[width]:.0%} of {speed[width] / 1e9:.1f} GB/s"
+            for width, cell in ours.items()
+        ]
+        lines += [
+            "",
+            f"Ours at {name}, file size times tokens/s, as a share of the speed at which {machine['threads']} threads "
+            f"read as many bytes again and again: {', '.join(shares)}.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -75,7 +75,9 @@ class Ours(Stepping):
     ) -> None:
         from smallgpt.runtime import OrtGPT
 
-        self.model = OrtGPT(bundle, device=device, threads=threads, verify=False, session=session)
+        self.model = OrtGPT(
+            bundle, device=device, threads=threads, verify=False, session=session, batch_invariant=False
+        )
 
     def prefill(self, ids: np.ndarray, batch: int, capacity: int) -> np.ndarray:
         self.model.reserve(batch, capacity)

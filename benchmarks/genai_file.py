@@ -8,13 +8,15 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from smallgpt.runtime import MANY_ROWS
+
 
 def write_genai(bundle: Path, folder: Path) -> None:
     """Write the graph of `bundle` and its description; the cache must be in fp32. Only last tokens get logits."""
     graph = onnx.load(bundle / "model.onnx")
     shape = json.loads((bundle / "config.json").read_text())["model"]
     # What smallgpt's runtime counts itself follows here from the attention mask.
-    computed = ("seqlens_k", "total_sequence_length", "logit_index")
+    computed = ("seqlens_k", "total_sequence_length", "logit_index", "integers")
     kept = [value for value in graph.graph.input if value.name not in computed]
     kept.insert(1, helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]))
     graph.graph.ClearField("input")
@@ -24,7 +26,7 @@ def write_genai(bundle: Path, folder: Path) -> None:
     nodes = [*_prefix(), *graph.graph.node, last]
     graph.graph.ClearField("node")
     graph.graph.node.extend(nodes)
-    numbers = {"genai_axis": np.array([1]), "genai_one": np.array(1)}
+    numbers = {"genai_axis": np.array([1]), "genai_one": np.array(1), "genai_many": np.array(MANY_ROWS)}
     graph.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in numbers.items())
     logits = next(value for value in graph.graph.output if value.name == "logits")
     logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1, shape["vocab_size"]]))
@@ -50,6 +52,7 @@ def _prefix() -> list[NodeProto]:
         node("Size", ["input_ids"], "all_tokens"),
         node("Sub", ["new_tokens", "genai_one"], "first_wanted"),
         node("Range", ["first_wanted", "all_tokens", "new_tokens"], "logit_index"),
+        node("GreaterOrEqual", ["all_tokens", "genai_many"], "integers"),
     ]
 
 

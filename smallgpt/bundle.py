@@ -14,7 +14,7 @@ from smallgpt.cli import MismatchError
 from smallgpt.files import sha256_file, write_json
 from smallgpt.sampling import GenerationConfig
 
-CONTRACT = 2
+CONTRACT = 3
 CONFIG, MODEL, TOKENIZER = "config.json", "model.onnx", "tokenizer.model"
 GENERATION, CERTIFICATE = "generation_config.json", "parity.json"
 FILES = (MODEL, TOKENIZER, GENERATION, CERTIFICATE)

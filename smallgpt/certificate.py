@@ -13,7 +13,7 @@ import torch
 from smallgpt.bundle import MODEL, TOKENIZER
 from smallgpt.files import sha256_file
 from smallgpt.model import SmallGPT
-from smallgpt.runtime import OrtGPT, golden_logits
+from smallgpt.runtime import MANY_ROWS, OrtGPT, golden_logits
 from smallgpt.score import token_nats
 from smallgpt.tokenizer import Tokenizer
 
@@ -21,8 +21,9 @@ BATCHES = (1, 2, 5)
 DECODE_STEPS = 32
 GREEDY_PROMPTS, GREEDY_PROMPT_TOKENS, GREEDY_TOKENS = 5, 8, 64
 SINGLE_TOKENS = 2000
-# A token at a time; the same in two rows, as in a batch; and eight at a time, as guesses are checked.
-WAYS = ("single", "paired", "eight")
+# A token at a time; the same in two rows, as in a batch, and in so many that they go another way unless batches must
+# not matter; and eight at a time, as guesses are checked.
+WAYS = ("single", "paired", "many", "eight")
 GOLDEN_LIMIT = 0.5  # of a quantised bundle's logits, elsewhere against here
 
 
@@ -142,9 +143,11 @@ def _compare_text(
 
 def _served_logits(served: OrtGPT, ids: np.ndarray, way: str) -> np.ndarray:
     """The bundle's logits (T, V) of ids (T,), which it reads at once or in one of WAYS."""
-    if way == "paired":
-        served.reserve(2)
-        return np.stack([served.step(np.repeat(token, 2))[0].copy() for token in ids])
+    if way in ("paired", "many"):
+        served, rows = served.fork(), 2 if way == "paired" else MANY_ROWS
+        served.batch_invariant = way == "paired"
+        served.reserve(rows)
+        return np.stack([served.step(np.repeat(token, rows))[0].copy() for token in ids])
     size = {"single": 1, "eight": 8}.get(way, len(ids))
     return served.logits(ids, range(size, len(ids), size))
 

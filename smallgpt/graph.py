@@ -37,8 +37,9 @@ def build_graph(
     Inputs: `input_ids` and, for gpt2, `position_ids` (B, S) int64; `seqlens_k` (B,) int32, the tokens of each
     sequence after this call less one; `total_sequence_length` () int32, the longest of them; `logit_index` (N,)
     int64, the rows of the flattened (B * S) positions that get logits; `past_key_values.I.key|value`
-    (B, kv_heads, M, head_dim), bound to the same memory as the outputs `present.I.key|value`. Output: `logits`
-    (N, V) float32. The embedding is stored once and serves as the head too.
+    (B, kv_heads, M, head_dim), bound to the same memory as the outputs `present.I.key|value`. With quantised matrices
+    also `integers` () bool: whether to multiply by them in integers, which is faster where there are many rows. Output:
+    `logits` (N, V) float32. The embedding is stored once and serves as the head too.
 
     Args:
         weights: the parameters by their names in SmallGPT, linear layers as (out, in); the matrices among them,
@@ -64,22 +65,25 @@ def build_graph(
 
     graph = GraphBuilder(dtype)
     cache_dtype = np.dtype("int8") if cache_scales else graph.dtype
-    if not cache_scales and not any(isinstance(weight, Quantized) for weight in weights.values()):
+    quantized = any(isinstance(weight, Quantized) for weight in weights.values())
+    if not quantized and not cache_scales:
         _add_decoder(graph, weights, config, rope, cache_scales)
         return _model(graph, config, cache_dtype)
     # MatMulNBits multiplies few rows fastest, integers many; attention with a cache in int8 is slow for many tokens.
-    # Which way a sequence goes depends on the number of its own tokens alone, because long prompts and short ones are
-    # filled apart.
-    tokens = graph.add("Shape", ["input_ids"], "tokens_each", start=1)
-    condition = graph.add("Less", [tokens, graph.constant("many", np.array([MANY_TOKENS]))], "few")
+    # Without quantised matrices the number of tokens of each sequence decides.
+    condition = "integers"
+    if not quantized:
+        tokens = graph.add("Shape", ["input_ids"], "tokens_each", start=1)
+        many = graph.constant("many", np.array([MANY_TOKENS]))
+        condition = graph.add("GreaterOrEqual", [tokens, many], "many_each")
     branches = {}
-    for branch, integers in (("then_branch", False), ("else_branch", True)):
+    for branch, integers in (("then_branch", True), ("else_branch", False)):
         part = GraphBuilder(dtype, graph.constants, integers=integers)
         _add_decoder(part, weights, config, rope, cache_scales, prefix=f"{branch}.")
         values = _outputs(config, cache_dtype, prefix=f"{branch}.")
         branches[branch] = helper.make_graph(part.nodes, branch, [], values)
     graph.add("If", [condition], *(value.name for value in _outputs(config, cache_dtype)), **branches)
-    return _model(graph, config, cache_dtype)
+    return _model(graph, config, cache_dtype, quantized=quantized)
 
 
 def _add_decoder(
@@ -144,28 +148,54 @@ def _add_decoder(
             parts[i] = graph.add("Reshape", [x, graph.constant("row", np.array([0, 0, -1]))], f"{part}.row")
         return parts
 
+    def attend(
+        graph: GraphBuilder,
+        packed: list[str],
+        past: list[str],
+        output: str,
+        present: list[str],
+        scales: Sequence[str] = (),
+    ) -> None:
+        """Attention over the cache `past`, with the new tokens' keys and values put into `present`."""
+        inputs = [*packed, *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
+        heads: dict[str, Any] = {"num_heads": config.num_heads, "kv_num_heads": config.kv_heads}
+        heads |= {"do_rotary": int(rope is not None), "scale": 1.0}
+        if scales:
+            inputs += [""] * (12 - len(inputs)) + list(scales)
+            heads |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        graph.add("GroupQueryAttention", inputs, output, *present, domain=CONTRIB, **heads)
+
+    def attend_in_floats(
+        graph: GraphBuilder, packed: list[str], past: list[str], output: str, present: list[str], scales: Sequence[str]
+    ) -> None:
+        """The same with a cache in int8 that is read and written apart."""
+        floats = [graph.read_cache(*pair) for pair in zip(past, scales, strict=True)]
+        both = [f"{name}.all" for name in past]
+        attend(graph, packed, floats, output, both)
+        for name, values, scale, out in zip(past, both, scales, present, strict=True):
+            graph.write_cache(name, values, scale, out)
+
     def attention(x: str, layer: str, index: int) -> str:
         qkv = matmul(x, f"{layer}.attn.qkv", f"{layer}.attn.qkv.bias" if gpt2 else "")  # (B, S, (H + 2 KV) * head_dim)
-        cache = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
-        past, present = cache, [f"{prefix}present.{index}.{kind}" for kind in ("key", "value")]
         packed = normed_heads(qkv, f"{layer}.attn") if config.architecture == "qwen3" else [qkv, "", ""]
-        heads: dict[str, Any] = {"num_heads": config.num_heads, "kv_num_heads": config.kv_heads}
-        scales: list[str] = []
-        if cache_scales:
+        cache = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
+        present = [f"{prefix}present.{index}.{kind}" for kind in ("key", "value")]
+        if not cache_scales:
+            attend(graph, packed, cache, f"{layer}.attn", present)
+        else:
             both = zip(("k_scale", "v_scale"), cache_scales[index], strict=True)
             scales = [graph.constant(f"{layer}.attn.{key}", array[:, None]) for key, array in both]  # (KV, 1, head_dim)
-        if in_floats:
-            past = [graph.read_cache(*pair) for pair in zip(cache, scales, strict=True)]
-            present = [f"{name}.all" for name in cache]
-        inputs = [*packed, *past, "seqlens_k", "total_sequence_length", *(["rope.cos", "rope.sin"] if rope else [])]
-        if scales and not in_floats:
-            inputs += [""] * (12 - len(inputs)) + scales
-            heads |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        heads |= {"do_rotary": int(rope is not None), "scale": 1.0}
-        graph.add("GroupQueryAttention", inputs, f"{layer}.attn", *present, domain=CONTRIB, **heads)
-        if in_floats:
-            for name, values, scale in zip(cache, present, scales, strict=True):
-                graph.write_cache(name, values, scale, name.replace("past_key_values", f"{prefix}present"))
+            if not in_floats:
+                attend(graph, packed, cache, f"{layer}.attn", present, scales)
+            else:  # but for single tokens, of many sequences
+                ways: dict[str, Any] = {}
+                for branch, way in (("then_branch", attend), ("else_branch", attend_in_floats)):
+                    part = GraphBuilder(graph.dtype.name, graph.constants)
+                    names = [f"{branch}.{layer}.{name}" for name in ("attn", "present.key", "present.value")]
+                    way(part, packed, cache, names[0], names[1:], scales)
+                    values = [helper.make_empty_tensor_value_info(name) for name in names]
+                    ways[branch] = helper.make_graph(part.nodes, f"{branch}.{layer}", [], values)
+                graph.add("If", ["single"], f"{layer}.attn", *present, **ways)
         return matmul(f"{layer}.attn", f"{layer}.attn.proj")  # (B, S, D)
 
     def mlp(x: str, layer: str) -> str:
@@ -180,6 +210,7 @@ def _add_decoder(
 
     if in_floats:
         graph.find_places(config.kv_heads, config.head_dim)
+        graph.add("Equal", ["tokens_of_each", graph.constant("token", np.array([1]))], "single")
     head = weights["wte.weight"]
     residual = graph.table("wte.weight", head, "input_ids", "tokens")  # (B, S, D)
     if gpt2:
@@ -222,7 +253,7 @@ def _outputs(config: ModelConfig, cache_dtype: np.dtype, prefix: str = "") -> li
     return [logits, *_cache(config, cache_dtype, f"{prefix}present.")]
 
 
-def _model(graph: GraphBuilder, config: ModelConfig, cache_dtype: np.dtype) -> ModelProto:
+def _model(graph: GraphBuilder, config: ModelConfig, cache_dtype: np.dtype, *, quantized: bool = False) -> ModelProto:
     """Put inputs and outputs around the nodes. Opset 21 and IR 10 are older than every ONNX Runtime allowed."""
     value = helper.make_tensor_value_info
     inputs = [value("input_ids", TensorProto.INT64, ["batch", "tokens"])]
@@ -232,6 +263,7 @@ def _model(graph: GraphBuilder, config: ModelConfig, cache_dtype: np.dtype) -> M
         value("seqlens_k", TensorProto.INT32, ["batch"]),
         value("total_sequence_length", TensorProto.INT32, []),
         value("logit_index", TensorProto.INT64, ["wanted"]),
+        *([value("integers", TensorProto.BOOL, [])] if quantized else []),
         *_cache(config, cache_dtype, "past_key_values."),
     ]
     outputs, constants = _outputs(config, cache_dtype), list(graph.constants.values())

@@ -44,7 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     without = options.interactive or options.score or (options.verify and from_stdin)
     prompts = [] if without else read_prompts(options)
     started = time.perf_counter()
-    model = OrtGPT(options.bundle, device=options.device, threads=options.threads, session=options.session_option)
+    model = OrtGPT(
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        session=options.session_option,
+        batch_invariant=options.batch_invariant,
+    )
     if options.verify:
         count, difference = check_golden(model)
         print(f"verified: {count} golden logits, largest difference {difference:.2g}", file=sys.stderr)
@@ -159,7 +165,7 @@ class Work:
             self.model,
             min(options.batch_size, self.total),
             capacity=min(self.model.max_seq_len, longest + self.config.max_new_tokens),
-            even=self.model.pairs and self.total > 1,
+            even=self.model.pairs and self.model.batch_invariant and self.total > 1,
             speculate=options.speculate,
             slide=options.context_overflow == "slide",
             tolerant=True,

@@ -37,7 +37,7 @@ from smallgpt.completions import (
 )
 from smallgpt.jobs import Request
 from smallgpt.openapi import openapi
-from smallgpt.options import session_option
+from smallgpt.options import BATCH_INVARIANT, session_option
 from smallgpt.runtime import OrtGPT
 from smallgpt.sampling import GenerationConfig
 from smallgpt.scheduler import Scheduler
@@ -63,7 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time=options.max_time,
     )
     listener = _listen(options.host, options.port)
-    model = OrtGPT(options.bundle, device=options.device, threads=options.threads, session=options.session_option)
+    model = OrtGPT(
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        session=options.session_option,
+        batch_invariant=options.batch_invariant,
+    )
     scheduler = Scheduler(model, rows=options.rows, queue=options.queue)
     name = options.alias or f"smallgpt-{model.bundle.config.variant}"
     app = HostCheck(build(model, scheduler, limits, name), [options.host, *options.allowed_host])
@@ -228,6 +234,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="for onnxruntime",
     )
     add("--rows", default=16, help="sequences that are decoded together (default: 16)")
+    parser.add_argument("--batch-invariant", **BATCH_INVARIANT)
     add("--queue", default=256, help="requests that may wait; beyond that the answer is 429 (default: 256)")
     add("--max-body-bytes", default=limits.body, help=f"of a request (default: {limits.body})")
     add("--max-tokens", default=limits.tokens, help=f"largest max_tokens (default: {limits.tokens})")

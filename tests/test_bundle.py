@@ -44,7 +44,7 @@ def test_a_bundle_reads_back_as_written(folder: Path) -> None:
     assert bundle.generation.temperature == 0.5
     write_json(folder / "generation_config.json", {"temperature": 0.5, "stop": ["\n"]})
     written = json.loads((folder / "config.json").read_text())
-    assert written["contract"] == 2
+    assert written["contract"] == 3
     assert written["files"] == {name: sha256_file(folder / name) for name in FILES}
 
 
@@ -72,15 +72,15 @@ def test_a_model_folder_is_no_bundle(folder: Path) -> None:
 
 
 def test_a_newer_contract_says_upgrade(folder: Path) -> None:
-    edit(folder, contract=3, something_new=[])
-    with pytest.raises(MismatchError, match="has contract 3, this smallgpt reads 2; upgrade smallgpt"):
+    edit(folder, contract=4, something_new=[])
+    with pytest.raises(MismatchError, match="has contract 4, this smallgpt reads 3; upgrade smallgpt"):
         load_bundle(folder)
 
 
-@pytest.mark.parametrize("contract", [None, 1, "2", True])
+@pytest.mark.parametrize("contract", [None, 2, "3", True])
 def test_other_contracts_are_refused(folder: Path, contract: object) -> None:
     edit(folder, contract=contract)
-    with pytest.raises(MismatchError, match=rf"contract is {contract!r}, not 2"):
+    with pytest.raises(MismatchError, match=rf"contract is {contract!r}, not 3"):
         load_bundle(folder)
 
 
@@ -100,7 +100,7 @@ def test_damaged_settings_are_refused(folder: Path) -> None:
         edit(folder, devices=["cpu"], model=CONFIG.model | {"head_dim": width})
         with pytest.raises(MismatchError, match=r"damaged: model\.head_dim is no positive number; export"):
             load_bundle(folder)
-    write_json(folder / "config.json", {"contract": 2, "variant": "fp32"})
+    write_json(folder / "config.json", {"contract": 3, "variant": "fp32"})
     with pytest.raises(MismatchError, match="missing 7 required keyword-only arguments"):
         load_bundle(folder)
     for text in ("{", "[]", "\udcff"):

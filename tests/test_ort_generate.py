@@ -148,10 +148,10 @@ def test_bundles_that_do_not_fit(damaged: Path) -> None:
     assert code == 3
     assert line.startswith(f"error: {damaged}/model.onnx does not exist")
     settings = json.loads((damaged / "config.json").read_text())
-    write_json(damaged / "config.json", settings | {"contract": 3})
+    write_json(damaged / "config.json", settings | {"contract": 4})
     code, line = error(run(damaged, "-p", "x"))
     assert code == 3
-    assert line.endswith("has contract 3, this smallgpt reads 2; upgrade smallgpt")
+    assert line.endswith("has contract 4, this smallgpt reads 3; upgrade smallgpt")
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float99"}, {"dtype": "float16"}, {"head_dim": 4}, {"num_kv_heads": 8}])
@@ -353,6 +353,24 @@ def test_the_size_of_a_batch_does_not_change_the_digits_of_quantised_bundles(
         found.append([json.loads(line)["logprobs"] for line in lines])
     assert len(found[0]) == len(prompts)
     assert found.count(found[0]) == len(found)
+
+
+def test_a_large_batch_may_be_multiplied_in_another_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_uncertified(tmp_path, tiny.random_model("llama"), "int8")
+    tiny.write_uncertified(tmp_path, tiny.random_model("llama"), "fp32")
+    prompt = "the cat sat on a dog, happy and sad and happy again"
+    options = ["-p", prompt, "-n", 6, "-s", 3, "-q", "--num-samples", 8, "--jsonl", "--logprobs", 0]
+
+    def logprobs(variant: str, *more: str) -> list[list[float]]:
+        lines = call(capsys, tmp_path / variant, *options, *more)[0].splitlines()
+        return [[token["logprob"] for token in json.loads(line)["logprobs"]] for line in lines]
+
+    expected, found = logprobs("int8"), logprobs("int8", "--no-batch-invariant")
+    assert found != expected
+    first = [row[0] for row in expected]  # after the prompt, which is read in one way
+    assert [row[0] for row in found] == first
+    assert logprobs("int8", "--batch-invariant") == logprobs("int8", "--no-batch-invariant", "--batch-size", "6")
+    assert logprobs("fp32", "--no-batch-invariant") == logprobs("fp32")
 
 
 def test_batch_files(random_bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

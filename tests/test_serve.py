@@ -651,6 +651,19 @@ def test_64_clients_get_what_they_would_get_alone(bundle: Path, variant: str, se
         assert server.metric("requests_failed_total") == 0
 
 
+def test_a_large_batch_may_be_computed_in_another_way(bundle: Path) -> None:
+    body = {"prompt": "the cat sat on a dog, happy and sad and happy again", "max_tokens": 5, "seed": 4, "n": 8}
+
+    def tokens(*arguments: str) -> list[list[float]]:
+        with serving(bundle.parent / "int8", *arguments) as server:
+            return [c["logprobs"]["token_logprobs"] for c in server.complete(**body, logprobs=0)["choices"]]
+
+    expected, found = tokens(), tokens("--no-batch-invariant")
+    assert found != expected
+    assert [row[0] for row in found] == [row[0] for row in expected]  # after the prompt
+    assert tokens("--no-batch-invariant", "--rows", "6") == expected
+
+
 def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     """What a JSON schema of the description allows, small."""
     if "anyOf" in schema:
