@@ -1,6 +1,6 @@
 """Which settings of ONNX Runtime decode faster: every setting against the defaults, in one run.
 
-    python benchmarks/session.py [BUNDLE] [--rounds 5] [--threads N]
+    python benchmarks/session.py [BUNDLE] [--rounds 5] [--threads N] [--only "no spinning"]
     python benchmarks/session.py --profile [BUNDLE] [--threads N] [--batch 1]  # the operators of a prompt and a step
 
 Each setting runs in a process of its own, in alternating order. Printed are the ratios of the medians to those of the
@@ -24,6 +24,7 @@ from engines import Ours
 from smallgpt.cli import cores
 
 ROOT = Path(__file__).resolve().parent.parent
+INVARIANT = "batch invariant"
 SETTINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # configuration entries, environment
     "defaults": ({}, {}),
     "defaults again": ({}, {}),
@@ -33,6 +34,9 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # configuration 
     "no prepacking": ({"session.disable_prepacking": "1"}, {}),
     "flash attention": ({}, {"ORT_GQA_DISABLE_FLASH_ATTENTION": "0"}),
     "approximate int8 keys": ({}, {"ORT_MLAS_QKGEMM_S8_APPROX_VNNI": "1"}),
+    "pauses while spinning": ({"session.intra_op.spin_backoff_max": "8"}, {}),
+    "huge pages": ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
+    INVARIANT: ({}, {}),
 }
 # Name: prompt, batch, steps; with no step the time to the first token is taken.
 CASES = {
@@ -48,6 +52,7 @@ CASES = {
 def worker(bundle: str, threads: str, name: str) -> dict[str, float]:
     """Seconds of every case that fits into the context, with one setting."""
     model = Ours(Path(bundle), int(threads), tuple(SETTINGS[name][0].items()))
+    model.model.batch_invariant = name == INVARIANT
     context, result = model.model.max_seq_len, {}
     ids = np.random.default_rng(0).integers(260, model.model.vocab_size, context)
     for case, (prompt, batch, steps) in CASES.items():
@@ -100,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", nargs="?", default="exports/fp32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", action="append", choices=SETTINGS, help="beside the defaults; can be repeated")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--profile", action="store_true", help="print the operators' times instead")
     parser.add_argument("--batch", type=int, default=1, help="sequences of a step that is profiled")
@@ -107,9 +113,10 @@ def main() -> None:
     if options.profile:
         profile(options.bundle, options.threads, options.batch)
         return
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in SETTINGS}
+    names = [name for name in SETTINGS if not options.only or name in ("defaults", *options.only)]
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for number in range(options.rounds):
-        for name in SETTINGS if number % 2 == 0 else reversed(SETTINGS):
+        for name in names if number % 2 == 0 else reversed(names):
             command = [sys.executable, __file__, "--worker", options.bundle, str(options.threads), name]
             environment = os.environ | {"PYTHONPATH": str(ROOT)} | SETTINGS[name][1]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
