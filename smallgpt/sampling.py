@@ -152,6 +152,7 @@ def uniform(seed: int, sequence: int, position: int) -> float:
     return float(_uniforms(int(seed), int(sequence), block)[place])
 
 
+GROUPS = 512
 _BLOCK = 64  # positions; starting a generator takes as long as drawing hundreds of numbers from it
 
 
@@ -200,7 +201,13 @@ def top_k_ids(logits: np.ndarray, top_k: int) -> np.ndarray:
     """Ascending ids of the `top_k` largest logits; ties with the k-th are kept."""
     if top_k >= logits.size:
         return np.arange(logits.size)
-    return np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+    if logits.size < 4 * GROUPS or top_k > GROUPS // 2:
+        return np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+    # At least top_k are no smaller than the k-th largest of some groups' maxima, and few more are: partition those.
+    maxima = logits[: logits.size - logits.size % GROUPS].reshape(-1, GROUPS).max(axis=0)
+    ids = np.flatnonzero(logits >= np.partition(maxima, -top_k)[-top_k])
+    largest = logits[ids]
+    return ids[largest >= np.partition(largest, -top_k)[-top_k]]
 
 
 def keep_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
@@ -210,8 +217,8 @@ def keep_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
     for count in (min(256, logits.size), logits.size):  # sorting a few is enough, unless they do not reach top_p
         ids = top_k_ids(logits, count)
         ids = ids[np.argsort(-logits[ids], kind="stable")]
-        before = np.cumsum(probabilities[ids]) - probabilities[ids]
-        mask[ids] = before < top_p
+        ordered = probabilities[ids]
+        mask[ids] = np.cumsum(ordered) - ordered < top_p
         if not mask[ids[-1]]:
             break
     return mask
@@ -297,6 +304,6 @@ def sample(
     if config.temperature == 0:
         return best
     ids, left = candidates(logits, config)
-    cumulative = np.cumsum(softmax(left))
+    cumulative = np.exp(left - left.max()).cumsum()
     threshold = uniform(config.seed, sequence, position) * cumulative[-1]  # below the sum: uniform < 1 - 2**-54
     return int(ids[np.searchsorted(cumulative, threshold, side="right")])

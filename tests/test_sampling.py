@@ -101,6 +101,18 @@ def test_top_k_keeps_ties_with_the_last_one() -> None:
     assert top_k_ids(np.array([3.0, 1.0, 2.0, 2.0, 0.0]), 2).tolist() == [0, 2, 3]
 
 
+@pytest.mark.parametrize("size", [2047, 2048, 2500, 10_000])
+def test_top_k_of_a_large_vocabulary(size: int) -> None:
+    draw = np.random.default_rng(size)
+    for top_k in (1, 2, 50, 256, 257):
+        for digits in (0, 1, 6):  # from many ties to none
+            logits = draw.normal(size=size).round(digits).astype(np.float32)
+            for forbidden in (0.0, 0.5, 0.99):
+                logits[draw.random(size) < forbidden] = -INF
+                least = np.sort(logits)[-top_k]
+                assert top_k_ids(logits, top_k).tolist() == np.flatnonzero(logits >= least).tolist()
+
+
 def test_top_p() -> None:
     logits = logs(0.5, 0.1, 0.3, 0.06, 0.04)
     for top_p, expected in ((0.7, [0, 2]), (0.85, [0, 1, 2]), (0.45, [0]), (0.999, [0, 1, 2, 3, 4])):
