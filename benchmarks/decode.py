@@ -5,9 +5,8 @@
 
 MODEL is a model folder (models/gpt), EXPORTS the folder of its bundles (exports), `tokens` the token files for the
 bits per byte. Every round starts each engine and width in a process of its own, in alternating order; the tables
-hold medians over the rounds. A range of contexts is timed in its middle with larger batches. A share of the memory
-limit above 1 means that the weights came from the processor's cache. Transformers runs in the project's .venv,
-onnxruntime-genai in .venv-genai.
+hold medians over the rounds. A range of contexts is timed in its middle with larger batches, and ours steps 8 and more
+sequences without batch invariance. Transformers runs in the project's .venv, onnxruntime-genai in .venv-genai.
 """
 
 import argparse
@@ -174,7 +173,7 @@ def nats(model: engines.Engine, ids: np.ndarray, context: int) -> float:
 def bandwidth(threads: int, size: int) -> float:
     """Bytes per second of reading the same `size` bytes again and again, in a share for each thread; best of several.
 
-    From memory or from a cache, wherever so many bytes stay: no engine can read weights of that size faster.
+    From memory or from a cache, wherever so many bytes stay, as weights of that size are.
     """
     vectors = [np.ones(size // threads // 4, np.int32) for _ in range(threads)]
     times, best = max(1, 2**29 // size), 0.0
@@ -264,8 +263,8 @@ def run(
                 found[pair].setdefault(row, []).append(value)
         cold.append(cold_start(exports / "int8"))
         importing.append(imports())
-        for name, size in sizes.items():
-            speed[name].append(start("bandwidth", threads, size))
+        for name, count in sizes.items():
+            speed[name].append(start("bandwidth", threads, count))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     report: dict[str, Any] = {
         "machine": {"cpu": describe_machine(), "threads": threads},
@@ -302,7 +301,7 @@ def text_of(ids: np.ndarray, bundle: Path) -> bytes:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """A table for each width, with the ratios to the peers, and the share of the memory limit at batch 1.
+    """A table for each width, with the ratios to the peers, and at batch 1 the share of the speed of reading.
 
     onnxruntime-genai has a ratio of its own: it runs our graph, so only what drives it is compared.
     """

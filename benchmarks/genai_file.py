@@ -15,15 +15,17 @@ def write_genai(bundle: Path, folder: Path) -> None:
     """Write the graph of `bundle` and its description; the cache must be in fp32. Only last tokens get logits."""
     graph = onnx.load(bundle / "model.onnx")
     shape = json.loads((bundle / "config.json").read_text())["model"]
-    # What smallgpt's runtime counts itself follows here from the attention mask.
+    # What smallgpt's runtime counts itself follows here from the attention mask and the ids.
     computed = ("seqlens_k", "total_sequence_length", "logit_index", "integers")
     kept = [value for value in graph.graph.input if value.name not in computed]
+    quantized = any(value.name == "integers" for value in graph.graph.input)
     kept.insert(1, helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]))
     graph.graph.ClearField("input")
     graph.graph.input.extend(kept)
     graph.graph.node[-1].output[0] = "rows"  # (B, V)
     last = helper.make_node("Unsqueeze", ["rows", "genai_axis"], ["logits"])  # (B, 1, V)
-    nodes = [*_prefix(), *graph.graph.node, last]
+    prefix = [node for node in _prefix() if node.output[0] != "integers" or quantized]
+    nodes = [*prefix, *graph.graph.node, last]
     graph.graph.ClearField("node")
     graph.graph.node.extend(nodes)
     numbers = {"genai_axis": np.array([1]), "genai_one": np.array(1), "genai_many": np.array(MANY_ROWS)}

@@ -3,8 +3,10 @@
     python benchmarks/session.py [BUNDLE] [--rounds 5] [--threads N] [--only "no spinning"]
     python benchmarks/session.py --profile [BUNDLE] [--threads N] [--batch 1]  # the operators of a prompt and a step
 
-Each setting runs in a process of its own, in alternating order. Printed are the ratios of the medians to those of the
-defaults, above 1 where the setting is faster; two runs of the defaults show what the machine's noise alone does.
+The defaults are those of onnxruntime; steps of 8 and more sequences go without batch invariance, which is one of the
+settings. Each setting runs in a process of its own, in alternating order. Printed are the ratios of the medians to
+those of the defaults, above 1 where the setting is faster; two runs of the defaults show what the machine's noise alone
+does.
 """
 
 import argparse

@@ -139,8 +139,8 @@ class GraphBuilder:
     def find_places(self, kv_heads: int, head_dim: int) -> None:
         """Name the constants and shapes of `read_cache` and `write_cache`.
 
-        `past` (1,) is P, the tokens before the new ones, and `places` (B * KV * S, 3) are the indices of the new ones'
-        heads in a cache (B, KV, M, head_dim).
+        `tokens_of_each` (1,) is S, `past` (1,) P, the tokens before the new ones, and `places` (B * KV * S, 3) are the
+        indices of the new ones' heads in a cache (B, KV, M, head_dim).
         """
         self.constant("zero", np.array([0]))
         self.constant("last", np.array([-1]))

@@ -16,7 +16,7 @@ from smallgpt.sampling import GenerationConfig, log_softmax, sample
 from smallgpt.speculation import Speculation
 from smallgpt.tokenizer import TextStream, Tokenizer
 
-MANY_TOKENS = 9  # from so many new tokens of a sequence on a quantised graph multiplies them in another way
+MANY_TOKENS = 9  # from so many new tokens of a sequence on a graph with quantised weights or cache goes another way
 
 Finish = Literal["eos", "stop", "length", "time", "interrupted"]
 

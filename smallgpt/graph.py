@@ -3,7 +3,7 @@
 The nodes are those ONNX Runtime is fastest with: GroupQueryAttention on packed q, k and v (apart for qwen3) with a
 cache that past and present share in place, FastGelu (tanh) with its bias, on a GPU SkipLayerNormalization, and for
 quantised weights GatherBlockQuantized, MatMulNBits, which rounds its inputs to 8 bits by blocks, and where there are
-many tokens MatMulIntegerToFloat. Operators: onnxruntime, docs/ContribOperators.md.
+many rows MatMulIntegerToFloat. Operators: onnxruntime, docs/ContribOperators.md.
 
 Shapes: B sequences, S new tokens each, D = embed_dim, V = vocab_size, M = capacity of the cache, N = wanted logits.
 """
@@ -96,7 +96,9 @@ def _add_decoder(
 ) -> None:
     """Add the nodes from the graph's inputs to its outputs, whose names begin with `prefix`."""
     gpt2, half = config.architecture == "gpt2", graph.dtype == np.float16
-    in_floats = graph.integers and bool(cache_scales)  # attention; the cache is read and written apart
+    head = weights["wte.weight"]
+    quantized = isinstance(head, Quantized)
+    in_floats = graph.integers and bool(cache_scales)  # attention of prompts; the cache is read and written apart
     if rope is not None:
         graph.weight("rope.cos", rope[0])
         graph.weight("rope.sin", rope[1])
@@ -187,8 +189,10 @@ def _add_decoder(
             scales = [graph.constant(f"{layer}.attn.{key}", array[:, None]) for key, array in both]  # (KV, 1, head_dim)
             if not in_floats:
                 attend(graph, packed, cache, f"{layer}.attn", present, scales)
-            else:  # but for single tokens, of many sequences
-                ways: dict[str, Any] = {}
+            elif not quantized:
+                attend_in_floats(graph, packed, cache, f"{layer}.attn", present, scales)
+            else:
+                ways: dict[str, Any] = {}  # single tokens of many sequences come here too
                 for branch, way in (("then_branch", attend), ("else_branch", attend_in_floats)):
                     part = GraphBuilder(graph.dtype.name, graph.constants)
                     names = [f"{branch}.{layer}.{name}" for name in ("attn", "present.key", "present.value")]
@@ -210,8 +214,8 @@ def _add_decoder(
 
     if in_floats:
         graph.find_places(config.kv_heads, config.head_dim)
-        graph.add("Equal", ["tokens_of_each", graph.constant("token", np.array([1]))], "single")
-    head = weights["wte.weight"]
+        if quantized:
+            graph.add("Equal", ["tokens_of_each", graph.constant("token", np.array([1]))], "single")
     residual = graph.table("wte.weight", head, "input_ids", "tokens")  # (B, S, D)
     if gpt2:
         positions = graph.table("wpe.weight", weights["wpe.weight"], "position_ids", "positions")

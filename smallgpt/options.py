@@ -22,7 +22,7 @@ ENVIRONMENT = "SMALLGPT_"  # SMALLGPT_TEMPERATURE=0.5 stands for --temperature 0
 BATCH_INVARIANT: dict[str, Any] = {
     "action": argparse.BooleanOptionalAction,
     "default": True,
-    "help": "the same texts alone and in any batch; without, batches of 8 and more are faster in 8 and 4 bits",
+    "help": "the same text in any batch; without, steps of 8 and more sequences are faster in 8 and 4 bits",
 }
 
 

@@ -165,7 +165,7 @@ class Work:
             self.model,
             min(options.batch_size, self.total),
             capacity=min(self.model.max_seq_len, longest + self.config.max_new_tokens),
-            even=self.model.pairs and self.model.batch_invariant and self.total > 1,
+            even=self.model.pairs and self.total > 1,
             speculate=options.speculate,
             slide=options.context_overflow == "slide",
             tolerant=True,

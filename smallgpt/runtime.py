@@ -24,7 +24,7 @@ from smallgpt.generation import MANY_TOKENS
 from smallgpt.session import SCORES_BYTES, open_session, scores_bytes
 from smallgpt.tokenizer import Tokenizer
 
-MANY_ROWS = 8  # from so many sequences on a quantised graph gives them a token each faster in integers
+MANY_ROWS = 8  # from so many sequences on a step of a quantised graph is faster in integers
 CALLS = 64  # shapes of calls whose arrays are kept
 CACHE_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 
@@ -48,8 +48,8 @@ class OrtGPT:
         threads: 0 takes the cores this process may use, at most 8.
         verify: compare the sha256 of every file first.
         session: configuration entries for onnxruntime, such as ("session.intra_op.allow_spinning", "0").
-        batch_invariant: what a sequence gets does not depend on how many others it is stepped with. Without it 8 and
-            more are multiplied by quantised matrices in another way, up to the last digits, and faster.
+        batch_invariant: steps multiply by quantised matrices in one way, whatever the number of sequences (`Batch` has
+            more on that). Without it, from MANY_ROWS sequences on, in another, whose last digits differ, and faster.
 
     Raises:
         FileNotFoundError, MismatchError: see `load_bundle`.
@@ -192,6 +192,9 @@ class OrtGPT:
         # A batch's prefill must name its padded length; with a past it is the longest sequence.
         arrays["total_sequence_length"][...] = max(lengths.max(), tokens)
         arrays["logit_index"][:] = wanted
+        if "integers" in arrays:
+            many = tokens == 1 and batch >= MANY_ROWS and not self.batch_invariant
+            arrays["integers"][...] = many or tokens >= MANY_TOKENS
         if "position_ids" in arrays:
             arrays["position_ids"][:] = rows[:, None] + np.arange(tokens)
         for value, array in call.uploads:
@@ -218,7 +221,7 @@ class OrtGPT:
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
             "logit_index": np.zeros(wanted, np.int64),
-            "integers": np.array(tokens >= MANY_TOKENS or (not self.batch_invariant and batch >= MANY_ROWS)),
+            "integers": np.zeros((), np.bool_),
         }
         arrays = {name: array for name, array in arrays.items() if name in self.bundle.config.inputs}
         uploads: list[tuple[Any, np.ndarray]] = []

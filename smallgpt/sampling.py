@@ -152,7 +152,7 @@ def uniform(seed: int, sequence: int, position: int) -> float:
     return float(_uniforms(int(seed), int(sequence), block)[place])
 
 
-GROUPS = 512
+_GROUPS = 512  # of logits: the k-th largest of their maxima is a bound for the k-th largest logit
 _BLOCK = 64  # positions; starting a generator takes as long as drawing hundreds of numbers from it
 
 
@@ -201,10 +201,10 @@ def top_k_ids(logits: np.ndarray, top_k: int) -> np.ndarray:
     """Ascending ids of the `top_k` largest logits; ties with the k-th are kept."""
     if top_k >= logits.size:
         return np.arange(logits.size)
-    if logits.size < 4 * GROUPS or top_k > GROUPS // 2:
+    if logits.size < 4 * _GROUPS or top_k > _GROUPS // 2:
         return np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
     # At least top_k are no smaller than the k-th largest of some groups' maxima, and few more are: partition those.
-    maxima = logits[: logits.size - logits.size % GROUPS].reshape(-1, GROUPS).max(axis=0)
+    maxima = logits[: logits.size - logits.size % _GROUPS].reshape(-1, _GROUPS).max(axis=0)
     ids = np.flatnonzero(logits >= np.partition(maxima, -top_k)[-top_k])
     largest = logits[ids]
     return ids[largest >= np.partition(largest, -top_k)[-top_k]]

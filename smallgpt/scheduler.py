@@ -99,7 +99,7 @@ class Scheduler:
         self._thread.join()
 
     def _new_batch(self) -> Batch:
-        return Batch(self.model, self.rows, even=self.model.pairs and self.model.batch_invariant, tolerant=True)
+        return Batch(self.model, self.rows, even=self.model.pairs, tolerant=True)
 
     def _run(self) -> None:
         while self._take():

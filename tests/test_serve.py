@@ -661,7 +661,7 @@ def test_a_large_batch_may_be_computed_in_another_way(bundle: Path) -> None:
     expected, found = tokens(), tokens("--no-batch-invariant")
     assert found != expected
     assert [row[0] for row in found] == [row[0] for row in expected]  # after the prompt
-    assert tokens("--no-batch-invariant", "--rows", "6") == expected
+    assert tokens("--no-batch-invariant", "--rows", "5") == expected
 
 
 def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
