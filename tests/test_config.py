@@ -357,7 +357,7 @@ def test_reading_settings_imports_no_torch() -> None:
 
 def test_the_files_are_there() -> None:
     names = ["gpt2-25m", "shakespeare-11m", "shakespeare-25m", "shakespeare-3m", "stories-25m", "stories-tiny"]
-    names += ["wikitext2-25m", "wikitext2-25m-long"]
+    names += ["wikitext2-25m-long", "wikitext2-25m"]
     assert [file.name for file in FILES] == ["params.yaml", *(f"{name}.yaml" for name in names)]
 
 
